@@ -1,0 +1,123 @@
+"""What is asked of a model and what comes back: request, step, result, events, cancel token. Floor 0."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import Cancelled
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One order for pictures, for every family. None means "the version's own default".
+
+    A field that a version cannot use and that is not None is refused by name.
+    """
+
+    prompt: str
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None  # of the first image; image i uses seed + i; None draws one
+    batch: int = 1  # how many images
+    batched: bool | None = None  # all images through the networks at once; None: only where that is exact
+    t5_length: int | None = None  # tokens
+    strict_prompt: bool = False  # a prompt that would be cut is an error
+    latents: torch.Tensor | None = None  # float32 noise [batch, C, H/8, W/8] in place of the seed's
+    preview_every: int | None = None  # steps between previews; None: none
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step of one image (or of all, when batched).
+
+    latents and x0 are unpacked, float32, on the CPU or the model's device: [B, C, H/8, W/8].
+    """
+
+    index: int  # 0-based, within this image
+    total: int
+    sigma: float  # noise level after this step; 0 after the last
+    latents: torch.Tensor
+    x0: torch.Tensor  # the clean latents that the model predicts at this step
+    image: int = 0  # index of the first image in `latents`
+    images: int = 1  # how many images the request has
+
+
+@dataclass
+class Result:
+    """One finished picture, the record that is written beside it, and its final latents [C, H/8, W/8]."""
+
+    image: Image
+    metadata: dict[str, Any]
+    latents: torch.Tensor
+    noise: (
+        torch.Tensor
+    )  # what the run started from [C, H/8, W/8]: as `latents` of a request, it repeats the run
+    notes: list[str] = field(default_factory=list)  # what the user should know: a prompt that was cut, ...
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something moved on: `stage` is a word such as "load t5", "denoise", "decode", "download"."""
+
+    stage: str
+    index: int  # done so far in this stage
+    total: int  # 0: unknown
+    seconds: float = 0.0  # of this step
+    image: int = 0
+    images: int = 1
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small picture of the predicted final image."""
+
+    index: int
+    total: int
+    picture: Image
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Complete:
+    """The last event of a run that succeeded."""
+
+    results: list[Result]
+
+
+@dataclass(frozen=True)
+class Error:
+    """The last event of a run that failed or was cancelled (`error` is then a Cancelled)."""
+
+    error: Exception
+
+
+Event = Progress | Preview | Complete | Error
+
+
+class CancelToken:
+    """A flag that any thread may set; work in progress looks at it before each block, tensor or chunk."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises Cancelled once `cancel` was called."""
+        if self._event.is_set():
+            raise Cancelled()
