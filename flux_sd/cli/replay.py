@@ -1,0 +1,192 @@
+"""`flux-sd replay`: paints a picture again from its record and compares. Floor 10."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError, RequestError
+from . import arguments
+from .console import Console, Interrupt, ProgressBars
+from .generate import read_latents, tensor_hash
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ..request import CancelToken, GenerationRequest, Result
+
+EPILOG = """examples:
+  flux-sd replay pizza.png
+      prints "bit-equal", or what differs: versions, device, dtype, weight files, settings
+  flux-sd replay apple-3.png -o again.png
+      one picture of a batch is painted alone, from its own seed
+  flux-sd replay lighthouse.png --path ~/models/flux-dev
+      a record holds no paths: a model that was loaded from your own files needs them again
+
+exit code: 0 if bit-equal, 1 if not."""
+NEEDED = {"prompt": str, "model": str, "seed": int, "width": int, "height": int, "steps": int}
+
+
+def register(commands: Any) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "replay",
+        usage="flux-sd replay FILE.png [options]",
+        help="paint a picture again from what it records, and compare",
+        description="Reads the settings inside a PNG, paints it again and compares the pixels.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", type=Path, metavar="FILE.png", help="a picture that `flux-sd generate` wrote")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="also write the new picture")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that exists (default: refuse)"
+    )
+    parser.add_argument(
+        "--latents-in", type=Path, metavar="FILE", help="the noise, if the picture began from a file"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors; see the exit code")
+    arguments.add_model_options(parser, recorded=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the command: 0 if bit-equal, 1 if not."""
+    console = Console(args.quiet)
+    with Interrupt() as interrupt:
+        cancel = interrupt.token()
+        from .. import image
+
+        record = read_settings(args.file)
+        if args.output is not None:
+            image.check_output(args.output, args.overwrite)
+        result = _paint_again(args, record, console, cancel)
+        cancel.check()
+        fresh = {**result.metadata, "pixels_sha256": image.pixel_hash(result.image)}
+        if args.output is not None:
+            image.save_png(result.image, args.output, fresh, args.overwrite)
+    lines = compare(image.open_picture(args.file), record, result.image, fresh)
+    console.line(f"{args.file}: " + "\n  ".join(lines or ["bit-equal"]))
+    return 1 if lines else 0
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The record of a single picture. Raises OutputError if it lacks what a run needs."""
+    from .. import image
+
+    record = image.read_record(path)
+    if "sheet" in record:
+        raise OutputError(f"{str(path)!r} is the contact sheet of a batch: replay one of its pictures")
+    lacking = [name for name, kind in NEEDED.items() if not isinstance(record.get(name), kind)]
+    if lacking:
+        raise OutputError(f"the record in {str(path)!r} lacks {', '.join(lacking)}: it cannot be repeated")
+    return record
+
+
+def _paint_again(
+    args: argparse.Namespace, record: dict[str, Any], console: Console, cancel: CancelToken
+) -> Result:
+    from ..versions import SDVersion
+
+    bars = ProgressBars(console)
+    request = _request(args, record)
+    try:
+        version = SDVersion.parse(record["model"])
+        with closing(arguments.load(args, version, _computing(args, record), cancel, bars)) as model:
+            result = model.generate(request, on_event=bars, cancel=cancel)[0]
+    finally:
+        bars.close()
+    if request.latents is not None:
+        keys = ("latents_file", "latents_sha256")
+        result.metadata |= {key: record[key] for key in keys if key in record}
+    return result
+
+
+def _computing(args: argparse.Namespace, record: dict[str, Any]) -> arguments.Computing:
+    """Options of this command first, then the record, then what `generate` would take."""
+    # Weights that kept their stored dtype were an automatic choice; naming a dtype would forbid it.
+    dtype = "auto" if record.get("stored_dtype_kept") else record.get("dtype", "auto")
+    return arguments.Computing(
+        device=args.device or record.get("device", "auto"),
+        dtype=args.dtype or dtype,
+        numerics=args.numerics or record.get("numerics", "reference"),
+    )
+
+
+def _request(args: argparse.Namespace, record: dict[str, Any]) -> GenerationRequest:
+    from ..request import GenerationRequest
+
+    return GenerationRequest(
+        prompt=record["prompt"],
+        width=record["width"],
+        height=record["height"],
+        steps=record["steps"],
+        guidance=record.get("guidance"),
+        seed=record["seed"],
+        t5_length=record.get("t5_length"),
+        latents=_latents(args.latents_in, record),
+    )
+
+
+def _latents(path: Path | None, record: dict[str, Any]) -> Tensor | None:
+    """The row of the file that the record's hash names, as a batch of one."""
+    wanted = record.get("latents_sha256")
+    if wanted is None and path is None and record.get("latents") != "given":
+        return None
+    if path is None:
+        name = record.get("latents_file", "a file")
+        raise RequestError(f"this picture began from the noise in {name}: give it with --latents-in")
+    rows: list[Tensor] = [row for row in read_latents(path) if wanted is None or tensor_hash(row) == wanted]
+    if not rows:
+        raise RequestError(f"{str(path)!r} does not hold the noise that this picture began from")
+    return rows[0][None]
+
+
+def compare(then: Image, record: Mapping[str, Any], now: Image, fresh: Mapping[str, Any]) -> list[str]:
+    """Nothing if the pixels are equal; else how far apart, and everything recorded that has changed."""
+    from .. import image
+
+    if then.size == now.size and image.pixel_hash(then) == image.pixel_hash(now):
+        return []
+    lines = [_distance(then, now)]
+    if record.get("pixels_sha256", image.pixel_hash(then)) != image.pixel_hash(then):
+        lines.append("the file's pixels are not those that its record was written for: it was edited since")
+    changed = list(changes(record, fresh))
+    return lines + (changed or ["nothing else that is recorded has changed"])
+
+
+def _distance(then: Image, now: Image) -> str:
+    from .. import image
+
+    if then.size != now.size:
+        return f"is {then.width}x{then.height} pixels, painted again {now.width}x{now.height}"
+    count, most = image.difference(now, then)
+    return f"differs in {count} of {then.width * then.height} pixels, by at most {most} of 255"
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """One line for every entry of two records that is not the same."""
+    old, new = dict(flatten(then)), dict(flatten(now))
+    for name in sorted(old.keys() | new.keys()):
+        if name != "pixels_sha256" and old.get(name) != new.get(name):
+            yield f"{name}: {_show(old, name)} then, {_show(new, name)} now"
+
+
+def _show(entries: Mapping[str, Any], name: str) -> str:
+    return str(entries[name]) if name in entries else "not recorded"
+
+
+def flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"files": {"vae": [{"name": x}]}} -> ("files.vae.0.name", x)"""
+    for key, value in record.items():
+        if isinstance(value, list | tuple):
+            value = {str(i): item for i, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
