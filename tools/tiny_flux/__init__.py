@@ -1,0 +1,1 @@
+"""How the embedded model tiny-flux is made: its pictures, captions, tokenizers, training and export."""
