@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .errors import FluxSdError
+    from .errors import Cancelled, FluxSdError
     from .generation_engine import GenerationEngine
     from .model_loader import LoadedModel, check_request, load_model
     from .request import CancelToken, Complete, Error, GenerationRequest, Preview, Progress, Result, Step
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CancelToken": "request",
+    "Cancelled": "errors",
     "Complete": "request",
     "Error": "request",
     "FluxSdError": "errors",
@@ -43,6 +44,7 @@ _HOME = {
 
 __all__ = [
     "CancelToken",
+    "Cancelled",
     "Complete",
     "Error",
     "FluxSdError",

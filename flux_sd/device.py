@@ -1,5 +1,7 @@
-"""Which device and dtype a model runs on, and what fits there: by queried properties, never by name. Floor
-4."""
+"""Which device and dtype a model runs on, and what fits there: by queried properties, never by name.
+
+Floor 4.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,7 @@ class StageNeed:
     parameters: int
     stored_bytes: int  # as on disk
     activations: int  # bytes in float32
+    widens: bool = True  # whether its weights can stay as stored: those of convolutions cannot
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,8 +52,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(f"device {name!r} is not usable here ({reason}): try --device cpu") from error
     return device
@@ -87,59 +90,51 @@ def place(
 ) -> Placement:
     """Checks that every stage fits the device's memory, before anything is read.
 
-    Where float32 was chosen automatically and does not fit, a component keeps its stored dtype and is widened
-    as it is used. `together`: all components stay loaded. Raises NotEnoughMemoryError naming stage and sizes.
+    Where the dtype was chosen automatically and a stage does not fit in it, components keep their stored
+    dtype, the largest first, and are widened as they are used. `together`: all components stay loaded at
+    once. Raises NotEnoughMemoryError naming stage and sizes.
     """
     available = available_memory(device)
-    size = dtype.itemsize
-    stored: set[str] = set()
-    notes = []
-    for need in sorted(needs, key=lambda need: -need.parameters):
-        activations = need.activations * size // 4 + OVERHEAD
-        full = need.parameters * size
-        kept = (
-            sum(n.parameters * size for n in needs if n is not need and n.role not in stored)
-            if together
-            else 0
-        )
-        if full + activations + kept <= available:
-            continue
-        if automatic and need.stored_bytes < full and need.stored_bytes + activations + kept <= available:
-            stored.add(need.role)
-            name = str(dtype).removeprefix("torch.")
-            notes.append(
-                f"{need.role}: {full / GB:.1f} GB in {name} does not fit, so its weights stay as stored "
-                f"({need.stored_bytes / GB:.1f} GB) and are widened as they are used"
-            )
-            continue
-        raise NotEnoughMemoryError(
-            _too_large(need, min(full, need.stored_bytes) + activations + kept, available)
-        )
-    return Placement(device, dtype, frozenset(stored), tuple(notes))
+    weights = {need.role: need.parameters * dtype.itemsize for need in needs}
+    stored: list[StageNeed] = []
+    for stage in [needs] if together else [[need] for need in needs]:
+        activations = max(need.activations for need in stage) * dtype.itemsize // 4 + OVERHEAD
+        while (wanted := sum(weights[need.role] for need in stage) + activations) > available:
+            smaller = [need for need in stage if need.widens and need.stored_bytes < weights[need.role]]
+            largest = max(smaller or stage, key=lambda need: weights[need.role])
+            if not (automatic and smaller):
+                raise NotEnoughMemoryError(_too_large(largest, wanted, available, bool(smaller)))
+            weights[largest.role] = largest.stored_bytes
+            stored.append(largest)
+    notes = tuple(_kept_note(need, need.parameters * dtype.itemsize) for need in stored)
+    return Placement(device, dtype, frozenset(need.role for need in stored), notes)
 
 
-def _too_large(need: StageNeed, wanted: int, available: int) -> str:
-    """Names the quantised file that would fit: bytes a weight of the usual GGUF types."""
-    types = (
-        ("Q8_0", 34 / 32),
-        ("Q5_K", 176 / 256),
-        ("Q4_K", 144 / 256),
-        ("Q3_K", 110 / 256),
-        ("Q2_K", 84 / 256),
+def _kept_note(need: StageNeed, full: int) -> str:
+    return (
+        f"{need.role}: {full / GB:.1f} GB do not fit, so its weights stay as stored "
+        f"({need.stored_bytes / GB:.1f} GB) and are widened as they are used"
     )
-    fitting = [
-        (name, need.parameters * size)
-        for name, size in types
-        if need.parameters * size * 1.1 + 2e9 < available
-    ]
-    hint = (
-        f"a {fitting[0][0]} GGUF ({fitting[0][1] / GB:.1f} GB) would fit, once GGUF files can be read"
-        if fitting
-        else ""
-    )
+
+
+# Bytes a weight of the usual quantised files, largest first.
+GGUF_TYPES = {"Q8_0": 34 / 32, "Q5_K": 176 / 256, "Q4_K": 144 / 256, "Q3_K": 110 / 256, "Q2_K": 84 / 256}
+
+
+def _too_large(need: StageNeed, wanted: int, available: int, stored_is_smaller: bool) -> str:
+    """Names what would fit: an automatic dtype, a smaller picture, or a quantised file."""
+    others = wanted - need.parameters  # of a type with one byte a weight, roughly; the rest of the stage
+    room = available - max(0, min(others, need.activations + OVERHEAD))
+    fitting = [name for name, size in GGUF_TYPES.items() if need.parameters * size <= room]
+    advice = ["free some, ask for a smaller picture or use another machine"]
+    if stored_is_smaller:
+        advice.append("leave the dtype to be chosen, so that weights can stay as stored")
+    if fitting and need.widens:
+        size = need.parameters * GGUF_TYPES[fitting[0]] / GB
+        advice.append(f"a {fitting[0]} GGUF ({size:.1f} GB) would fit, once GGUF files can be read")
     return (
         f"the {need.role} stage needs {wanted / GB:.1f} GB of memory, {available / GB:.1f} GB are available: "
-        f"free some or use another machine{'; ' + hint if hint else ''}"
+        + "; ".join(advice)
     )
 
 

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from .versions import VersionInfo
 CLIP_LENGTH = 77
 MAX_T5_LENGTH = 512  # the longest that the released models were trained on
 MAX_BATCH = 256
+MAX_SIDE = 16_384  # pixels
 KEPT_TEXTS = 8  # encoded prompts that a model remembers
 Tap = Callable[[str, Tensor], None]
 
@@ -101,7 +103,13 @@ def _or(value: int | None, default: int) -> int:
 
 
 def _check_ranges(plan: FluxPlan) -> None:
-    ranges = {"steps": (1, 1000), "batch": (1, MAX_BATCH), "t5_length": (1, MAX_T5_LENGTH)}
+    ranges = {
+        "steps": (1, 1000),
+        "batch": (1, MAX_BATCH),
+        "t5_length": (1, MAX_T5_LENGTH),
+        "width": (1, MAX_SIDE),
+        "height": (1, MAX_SIDE),
+    }
     for name, (low, high) in ranges.items():
         value = getattr(plan, name)
         if not low <= value <= high:
@@ -137,13 +145,16 @@ class FluxRun:
         on_cpu = self.device.type == "cpu"
         together = self.plan.batched if self.plan.batched is not None else not on_cpu
         self.images_at_once = self.plan.batch if together else 1
+        components.check_room(self.plan.width, self.plan.height, self.images_at_once, self.plan.t5_length)
 
     def steps(self) -> Iterator[Step]:
         """Yields after each step of each image (of all at once, when batched)."""
         text = self.encode()
-        for first in range(0, self.plan.batch, self.images_at_once):
-            yield from self._image_steps(text, first)
-        self.components.free("transformer")
+        try:
+            for first in range(0, self.plan.batch, self.images_at_once):
+                yield from self._image_steps(text, first)
+        finally:  # also where the run fails, is cancelled or is left before its end
+            self.components.free("transformer")
 
     @torch.inference_mode()
     def encode(self) -> EncodedText:
@@ -154,11 +165,11 @@ class FluxRun:
         self._report_cut(clip, t5)
         key = (plan.prompt, plan.t5_length)
         if key not in parts.texts:
-            vec = self._encode_with("clip", clip.ids).pooled
+            vec = self._encode_with("clip", clip.ids, lambda output: output.pooled)
             check_finite(vec, "CLIP", self.dtype)
-            txt = self._encode_with("t5", t5.ids)
+            txt = self._encode_with("t5", t5.ids, lambda output: output)
             check_finite(txt, "T5", self.dtype)
-            parts.texts[key] = EncodedText(txt.cpu(), vec.cpu())
+            parts.texts[key] = EncodedText(txt, vec)
             if len(parts.texts) > KEPT_TEXTS:
                 parts.texts.popitem(last=False)
         parts.texts.move_to_end(key)
@@ -175,15 +186,17 @@ class FluxRun:
         if note is not None:
             self.notes.append(note)
 
-    def _encode_with(self, role: str, ids: list[int]):  # type: ignore[no-untyped-def]
+    def _encode_with(self, role: str, ids: list[int], take: Callable[[Any], Tensor]) -> Tensor:
+        """What `take` picks of an encoder's output, on the CPU; the encoder is freed, whatever happens."""
         encoder = self._network(role)
-        with self.timings.stage("encode"), cancellable(encoder, self.cancel):
-            output = encoder(torch.tensor([ids], device=self.device))
-        del encoder
-        self.components.free(role)
-        return output
+        try:
+            with self.timings.stage("encode"), cancellable(encoder, self.cancel):
+                return take(encoder(torch.tensor([ids], device=self.device))).cpu()
+        finally:
+            del encoder
+            self.components.free(role)
 
-    def _network(self, role: str):  # type: ignore[no-untyped-def]
+    def _network(self, role: str) -> Any:
         with self.timings.stage("load"):
             return self.components.network(role, self.on_event, self.cancel)
 
@@ -204,18 +217,17 @@ class FluxRun:
             start = time.perf_counter()
             with cancellable(transformer, self.cancel):
                 flow = next(loop)
+            check_finite(flow.img, "the transformer", self.dtype, flow.index + 1)  # waits for a GPU to finish
             self._record({f"step.{index}.latents": before, f"step.{index}.velocity": flow.velocity})
             before = flow.img
             yield self._finished(flow, first, time.perf_counter() - start)
 
     def _finished(self, flow: FlowStep, first: int, seconds: float) -> Step:
-        """Checks and reports one step of the loop."""
+        """Reports one step of the loop."""
         plan = self.plan
-        check_finite(flow.img, "the transformer", self.dtype, flow.index + 1)
         self.timings.add("denoise", seconds)
-        latents, x0 = (
-            unpack(packed, plan.height, plan.width) for packed in (flow.img, flow.x0)
-        )  # [B,16,H/8,W/8]
+        latents = unpack(flow.img, plan.height, plan.width)  # [B,16,H/8,W/8]
+        x0 = unpack(flow.x0, plan.height, plan.width)
         self._emit(Progress("denoise", flow.index + 1, plan.steps, seconds, first, plan.batch))
         if plan.preview_every is not None and (flow.index + 1) % plan.preview_every == 0:
             for offset in range(x0.shape[0]):
@@ -237,14 +249,19 @@ class FluxRun:
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B,16,H/8,W/8] -> pictures [B,3,H,W] float32 in about -1..1, on the CPU."""
         vae = self._network("vae")
-        pictures = []
-        with self.timings.stage("decode"), cancellable(vae, self.cancel):
-            for done, part in enumerate(latents.split(self.images_at_once), 1):
-                decoded = vae.decode(part.to(self.device, self.dtype))
-                check_finite(decoded, "the autoencoder", self.dtype)
-                pictures.append(decoded.float().cpu())
-                self._emit(Progress("decode", done * part.shape[0], latents.shape[0]))
-        self.components.free("vae")
+        pictures: list[Tensor] = []
+        try:
+            # TF32, which CUDA's convolutions use by default, is not float32.
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+            with self.timings.stage("decode"), cancellable(vae, self.cancel), exact:
+                for part in latents.split(self.images_at_once):
+                    decoded = vae.decode(part.to(self.device, self.dtype))
+                    check_finite(decoded, "the autoencoder", self.dtype)
+                    pictures += decoded.float().cpu().split(1)
+                    self._emit(Progress("decode", len(pictures), latents.shape[0]))
+        finally:
+            del vae
+            self.components.free("vae")
         return torch.cat(pictures)
 
     def results(self, latents: Tensor, pictures: Tensor) -> list[Result]:

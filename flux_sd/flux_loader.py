@@ -7,6 +7,7 @@ Mirrors the Rust worker's `flux_loader.rs`. Nothing is read but headers until a 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +31,7 @@ from .steps import OnEvent
 from .t5 import T5Encoder
 from .text import ClipTokenizer, T5Tokenizer
 from .versions import FluxConfigs, VersionInfo
-from .weight_map import LoadPlan, fill, plan_load
+from .weight_map import fill, plan_load
 
 # Order of the stages. Values: the name of the maps (weights_maps/<name>.*.toml).
 MAPS = {"clip": "clip", "t5": "t5", "transformer": "flux_mmdit", "vae": "autoencoder"}
@@ -74,10 +75,9 @@ def find_files(
     found = {role: given.get(role) or _search(role, folder) for role in PLACES}
     for role, name in TOKENIZERS.items():
         key = f"{role}_tokenizer"
-        around = (
-            [found[role].parent, found[role].parent.parent] if found[role].is_file() else [found[role].parent]
-        )
-        homes = [home for home in ([folder] if folder else around) if home] + around + list(more_tokenizers)
+        own = found[role]
+        around = [own.parent, own.parent.parent] if own.is_file() else [own.parent]
+        homes = [*([folder] if folder else []), *around, *more_tokenizers]
         found[key] = given.get(key) or _first_tokenizer(role, name, homes)
     return FluxFiles(**found)
 
@@ -92,7 +92,8 @@ def _search(role: str, folder: Path | None) -> Path:
     if len(matches) > 1:
         names = " and ".join(path.name for path in matches)
         raise AmbiguousFileError(
-            f"{str(folder)!r} holds {names} for the {role}: choose one with --{role} {matches[0].name}"
+            f"{str(folder)!r} holds {names} for the {role}: choose one, such as "
+            f"--{role} {shlex.quote(str(matches[0]))}"
         )
     if not matches:
         raise MissingFileError(
@@ -137,6 +138,11 @@ class FluxComponents:
         self.info, self.files, self.placement, self.numerics = info, files, placement, numerics
         self.keep_loaded = keep_loaded
         self._checkpoints = checkpoints
+        self._files = {role: [describe_file(path) for path in c.files] for role, c in checkpoints.items()}
+        for role in TOKENIZERS:
+            folder = getattr(files, f"{role}_tokenizer")
+            parts = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+            self._files[f"{role}_tokenizer"] = [describe_file(path) for path in parts if path.is_file()]
         self._networks: dict[str, nn.Module] = {}
         self.texts: OrderedDict[tuple[str, int], EncodedText] = OrderedDict()  # by prompt and T5 length
         self.clip_tokenizer = ClipTokenizer.load(files.clip_tokenizer)
@@ -172,6 +178,7 @@ class FluxComponents:
                 checkpoint.close()
             raise
 
+    @torch.inference_mode(False)  # parameters that a later in-place change may touch
     def network(self, role: str, on_event: OnEvent | None = None, cancel: CancelToken | None = None) -> Any:
         """The network of `role`, loaded now if it is not there: every parameter filled, on the device, in
         eval mode.
@@ -183,24 +190,37 @@ class FluxComponents:
             stored = keep_stored(module, self.placement.dtype) if role in self.placement.stored else set()
             checkpoint = self._checkpoints[role]
             plan = plan_load(MAPS[role], module, config_of(role, self.info), checkpoint)
-            self._fill(role, module, plan, stored, _loading(role, on_event, cancel))
+            fill(
+                module,
+                plan,
+                dtype=self.placement.dtype,
+                device=self.placement.device,
+                keep_stored=stored.__contains__,
+                on_tensor=_loading(role, on_event, cancel),
+            )
+            checkpoint.release()
             self._networks[role] = module.eval()
         return self._networks[role]
 
-    def _fill(
-        self, role: str, module: nn.Module, plan: LoadPlan, stored: set[str], on_tensor: OnTensor
-    ) -> None:
-        device, dtype = self.placement.device, self.placement.dtype
-        fill(module, plan, dtype=dtype, device=device, keep_stored=stored.__contains__, on_tensor=on_tensor)
-        self._checkpoints[role].release()
+    def check_room(self, width: int, height: int, images: int, t5_length: int) -> None:
+        """Raises NotEnoughMemoryError if a request of this size would not fit beside what is loaded."""
+        needs = []
+        for role in MAPS:
+            wanted = need(role, self.info, self._checkpoints[role].total_bytes)
+            activations = images * _activations(role, self.info, width * height, t5_length)
+            parameters = 0 if role in self._networks else wanted.parameters
+            stored = role in self.placement.stored
+            if stored and parameters:  # counted as it lies in memory
+                parameters = wanted.stored_bytes // self.placement.dtype.itemsize
+            needs.append(replace(wanted, parameters=parameters, activations=activations))
+        place(needs, self.placement.device, self.placement.dtype, False, together=self.keep_loaded)
 
     def free(self, *roles: str) -> None:
         """Lets the networks of `roles` go, unless everything is to stay loaded."""
         if not self.keep_loaded:
             for role in roles:
                 self._networks.pop(role, None)
-            if self.placement.device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(self.placement.device)
 
     @property
     def loaded(self) -> set[str]:
@@ -208,21 +228,27 @@ class FluxComponents:
         return set(self._networks)
 
     def describe_files(self) -> dict[str, list[dict[str, Any]]]:
-        """By role: name, bytes and fingerprint of each file, without its path."""
-        return {role: [describe_file(path) for path in self._checkpoints[role].files] for role in MAPS}
+        """By role: name, bytes and fingerprint of each file as it was opened, without its path."""
+        return self._files
 
     def close(self) -> None:
         """Lets everything go."""
         self._networks.clear()
         self.texts.clear()
+        empty_cache(self.placement.device)
         for checkpoint in self._checkpoints.values():
             checkpoint.close()
 
 
-OnTensor = Callable[[int, int], None]
+def empty_cache(device: torch.device) -> None:
+    """Gives freed memory back to the device, so that the next look at what is available sees it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
-def _loading(role: str, on_event: OnEvent | None, cancel: CancelToken | None) -> OnTensor:
+def _loading(role: str, on_event: OnEvent | None, cancel: CancelToken | None) -> Callable[[int, int], None]:
     start = time.perf_counter()
 
     def on_tensor(done: int, total: int) -> None:
@@ -256,22 +282,22 @@ def need(role: str, info: VersionInfo, stored_bytes: int | None = None) -> Stage
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(role, info, reference()).parameters())
     stored = 2 * parameters if stored_bytes is None else stored_bytes
-    return StageNeed(role, parameters, stored, _activations(role, info))
+    activations = _activations(role, info, info.width * info.height, info.t5_length or 0)
+    return StageNeed(role, parameters, stored, activations, widens=role != "vae")
 
 
-def _activations(role: str, info: VersionInfo) -> int:
-    """Bytes in float32, by the largest tensors alive at once: of the transformer those of a single block's
-    first
-    product and its parts, of the autoencoder three maps of its widest layer at full size."""
+def _activations(role: str, info: VersionInfo, pixels: int, t5_length: int) -> int:
+    """Bytes in float32 for one image, by the largest tensors alive at once: of the transformer those of a
+    single
+    block's first product and its parts, of the autoencoder three maps of its widest full-size layer."""
     configs = info.flux
     assert isinstance(configs, FluxConfigs)
-    pixels = info.width * info.height
     if role == "vae":
         return 3 * 4 * pixels * configs.vae.ch * configs.vae.ch_mult[1]
-    tokens = (info.t5_length or 0) + (pixels // 256 if role == "transformer" else 0)
     if role == "transformer":
+        tokens = t5_length + pixels // 256
         return 3 * 4 * tokens * (3 * configs.transformer.hidden_size + configs.transformer.mlp_size)
-    return 4 * 4 * tokens * (configs.t5.d_ff if role == "t5" else configs.clip.intermediate_size)
+    return 4 * 4 * t5_length * (configs.t5.d_ff if role == "t5" else configs.clip.intermediate_size)
 
 
 SAMPLES, SAMPLE_BYTES = 64, 65_536

@@ -1,5 +1,6 @@
-"""The FLUX.1 transformer: double blocks on image and text streams, then single blocks on both joined. Floor
-2.
+"""The FLUX.1 transformer: double blocks on image and text streams, then single blocks on both joined.
+
+Floor 2.
 
 Mirrors candle-transformers 0.11.1 `models/flux/model.rs`; names and mathematics are black-forest-labs/flux
 `model.py` and `modules/layers.py` (Apache-2.0). One word per tensor, everywhere:
@@ -36,9 +37,8 @@ class FluxConfig:
     num_heads: int
     depth: int  # double blocks
     depth_single_blocks: int
-    axes_dim: tuple[
-        int, ...
-    ]  # rotary channels per head for (index, row, column); their sum is the head width
+    # rotary channels per head for (index, row, column); their sum is the head width
+    axes_dim: tuple[int, ...]
     theta: int
     qkv_bias: bool
     guidance_embed: bool
@@ -109,7 +109,7 @@ class Flux(nn.Module):
     ) -> Tensor:
         """img [B,S,in], img_ids [B,S,3], txt [B,L,ctx], txt_ids [B,L,3], timesteps [B] in [0,1], vec
         [B,pooled],
-        guidance [B] float32 where the model has it -> velocity [B,S,64]."""
+        guidance [B] float32 where the model has it -> velocity [B,S,out]."""
         dtype = img.dtype
         pe = rotary_table(torch.cat([txt_ids, img_ids], dim=1), self.config, dtype)
         vec = self.time_in(time_embedding(timesteps, dtype)) + self.vector_in(vec)
@@ -282,7 +282,7 @@ class LastLayer(nn.Module):
         )
 
     def forward(self, img: Tensor, vec: Tensor) -> Tensor:
-        """img [B,S,C], vec [B,C] -> [B,S,64]."""
+        """img [B,S,C], vec [B,C] -> [B,S,out]."""
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)  # [B,1,C] each, shift first
         return self.linear((1 + scale) * self.norm_final(img) + shift)
 

@@ -117,7 +117,7 @@ class Job:
         if self._on_event is not None:
             try:
                 self._on_event(last)
-            except Exception:  # noqa: BLE001 - the job is over; its listener's trouble must not stop the next
+            except BaseException:  # noqa: BLE001 - its listener's trouble must not stop the next job
                 _log.exception("the listener of job %d raised at the last event", self.id)
         with self._changed:
             self._events.append(last)
@@ -234,6 +234,9 @@ class GenerationEngine:
         except Exception as error:  # noqa: BLE001 - whatever it is goes to the job, and the next job must run
             _drop_locals(error)
             last = Error(error)
+        except BaseException as error:  # noqa: BLE001 - a listener that exits must not end the worker
+            _drop_locals(error)
+            last = Error(RuntimeError(f"the run was ended by {type(error).__name__}"))
         job._finish(last)
 
 

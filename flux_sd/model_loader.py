@@ -37,6 +37,11 @@ class LoadedModel(Protocol):
 
     version: SDVersion
 
+    @property
+    def defaults(self) -> GenerationRequest:
+        """What a request means where it is silent: size, steps, guidance, T5 length of the version."""
+        ...
+
     def steps(
         self,
         request: GenerationRequest,
@@ -79,6 +84,12 @@ class FluxModel:
 
     def __init__(self, version: SDVersion, components: FluxComponents) -> None:
         self.version, self.components = version, components
+
+    @property
+    def defaults(self) -> GenerationRequest:
+        """See LoadedModel."""
+        row = self.version.info
+        return GenerationRequest("", row.width, row.height, row.steps, row.guidance, t5_length=row.t5_length)
 
     def steps(
         self,
@@ -152,12 +163,10 @@ def load_model(
     stage needs them. Raises a subclass of FluxSdError that says what is wrong with which file.
     """
     own_files = {
-        "transformer": transformer, "t5": t5, "clip": clip, "vae": vae,
+        "path": path, "transformer": transformer, "t5": t5, "clip": clip, "vae": vae,
         "clip_tokenizer": clip_tokenizer, "t5_tokenizer": t5_tokenizer,
     }  # fmt: skip
     given = {role: Path(file) for role, file in own_files.items() if file is not None}
-    if path is not None:
-        given["path"] = Path(path)
     chosen = resolve_version(version, own_files=bool(given))
     info, where = _built(chosen), choose_device(device)
     found = _local_files(info, given, cache_dir) if given else None

@@ -31,7 +31,7 @@ class Numerics:
 
 
 def reference() -> Numerics:
-    """What the authors published."""
+    """What the authors published; but bytes are rounded to nearest, where BFL's program truncates."""
     return Numerics("reference", "float32", None, True, "refuse", "round")
 
 

@@ -29,9 +29,11 @@ def attention(
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An nn.Embedding [rows, width], standard normal; on the meta device without the initialisation of its
-    own,
-    which there imports torch's compiler and takes longer than loading a small model."""
+    """An nn.Embedding [rows, width], standard normal; left as it is on the meta device.
+
+    There nn.Embedding's own initialisation would import torch's compiler, which takes longer than loading a
+    small model.
+    """
     weight = torch.empty(rows, width)
     return nn.Embedding.from_pretrained(weight if weight.is_meta else nn.init.normal_(weight), freeze=False)
 

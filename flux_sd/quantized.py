@@ -1,9 +1,9 @@
-"""Linears, embeddings and convolutions whose weights stay as they are stored and are decoded as they are
+"""Linears and embeddings whose weights stay as they are stored and are decoded as they are
 used.
 
 Floor 2. The networks know nothing of these: the loader swaps them in, by path, while the model is on meta.
-Here: weights that keep the checkpoint's float dtype (bfloat16 on disk, float32 products) where a widened copy
-would not fit the memory. Mirrors Candle's `quantized_nn.rs` in its place, not in its content.
+Here: weights that keep the checkpoint's float dtype (bfloat16 on disk, float32 products, say) where a widened
+copy would not fit the memory. Mirrors Candle's `quantized_nn.rs` in its place, not in its content.
 """
 
 from __future__ import annotations

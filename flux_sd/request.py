@@ -28,7 +28,7 @@ class GenerationRequest:
     guidance: float | None = None
     seed: int | None = None  # of the first image; image i uses seed + i; None draws one
     batch: int = 1  # how many images
-    batched: bool | None = None  # all images through the networks at once; None: only where that is exact
+    batched: bool | None = None  # all images through the networks at once; None: on a GPU, not on a CPU
     t5_length: int | None = None  # tokens
     strict_prompt: bool = False  # a prompt that would be cut is an error
     latents: torch.Tensor | None = None  # float32 noise [batch, C, H/8, W/8] in place of the seed's
@@ -58,9 +58,8 @@ class Result:
     image: Image
     metadata: dict[str, Any]
     latents: torch.Tensor
-    noise: (
-        torch.Tensor
-    )  # what the run started from [C, H/8, W/8]: as `latents` of a request, it repeats the run
+    # What the run started from [C, H/8, W/8]; as `latents` of a request, it repeats the run.
+    noise: torch.Tensor
     notes: list[str] = field(default_factory=list)  # what the user should know: a prompt that was cut, ...
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
 
@@ -79,7 +78,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """A small picture of the predicted final image."""
+    """A soft picture of the predicted final image, at its size, made without the decoder."""
 
     index: int
     total: int

@@ -109,12 +109,10 @@ def denoise(
     sum of the steps is carried in float32.
     """
     dtype, img = state.txt.dtype, state.img.float()
-    batch = img.shape[0]
-    scale = (
-        None if guidance is None else torch.full((batch,), guidance, dtype=torch.float32, device=img.device)
-    )
+    ones = torch.ones(img.shape[0], dtype=torch.float32, device=img.device)  # [B]
+    scale = None if guidance is None else ones * guidance
     for index, (now, after) in enumerate(itertools.pairwise(times)):
-        t = torch.full((batch,), now, dtype=torch.float32, device=img.device)
+        t = ones * now
         velocity = model(img.to(dtype), state.img_ids, state.txt, state.txt_ids, t, state.vec, scale).float()
         x0 = img - velocity * now
         img = img + velocity * (after - now)

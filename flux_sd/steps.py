@@ -1,5 +1,7 @@
-"""What every kind of generation shares: seeds and noise, finite checks, cancel, previews, timings. Floor
-4."""
+"""What every kind of generation shares: seeds and noise, finite checks, cancel, previews, timings.
+
+Floor 4.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,8 @@ from .request import CancelToken, Event
 from .versions import VersionInfo
 
 OnEvent = Callable[[Event], None]
-MAX_SEED = (
-    2**63 - 1
-)  # torch's generators take 64 bits; the sign is left out so that a seed reads the same everywhere
+# torch's generators take 64 bits; the sign is left out so that a seed reads the same everywhere.
+MAX_SEED = 2**63 - 1
 
 
 def choose_seed(seed: int | None, batch: int) -> int:

@@ -125,9 +125,8 @@ class VersionInfo:
     flux: FluxConfigs | None = None  # None: not built yet
     preview: RgbMap = ()
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    auto_dtype: str | None = (
-        None  # what "auto" means on every device, where the model decides and not the device
-    )
+    # What "auto" means on every device, where the model decides and not the device.
+    auto_dtype: str | None = None
     is_xl: bool = False
     is_inpainting: bool = False
 
@@ -201,7 +200,7 @@ TINY_FLUX = VersionInfo(
         ClipTextConfig.tiny_flux(),
         AutoEncoderConfig.tiny_flux(),
     ),
-    # So small that half precision saves nothing, and in float32 every machine paints the same picture.
+    # So small that half precision saves nothing, and in float32 machines agree but for the last bits.
     auto_dtype="float32",
 )
 

@@ -66,6 +66,7 @@ def small_info(guidance: bool = False, depth: int = 1) -> VersionInfo:
         shift=guidance,
         guidance=3.5 if guidance else None,
         preview=FLUX_PREVIEW,
+        preview_bias=(0.0, 0.0, 0.0),
     )
 
 

@@ -57,7 +57,7 @@ def test_paint_and_replay_bit_equal(model: list[str], capsys: pytest.CaptureFixt
     assert image.open_picture(second).size == (64, 96)
     record = image.read_record(second)
     assert record["seed"] == 4 and record["model"] == "tiny-flux" and record["dtype"] == "float32"
-    assert "/" not in json.dumps(record["files"]) and len(record["files"]) == 4
+    assert "/" not in json.dumps(record["files"]) and len(record["files"]) == 6
     for name in (first, second):  # each alone, from its own seed
         assert main(["replay", name, *model[2:]]) == 0
         assert capsys.readouterr().out == f"{name}: bit-equal\n"

@@ -12,11 +12,12 @@ import pytest
 import torch
 from helpers_flux import open_model, small_info, write_folder
 
-from flux_sd import model_loader
+from flux_sd import device, model_loader
 from flux_sd.errors import (
     Cancelled,
     NonFiniteError,
     NotBuiltError,
+    NotEnoughMemoryError,
     PromptTooLongError,
     RequestError,
     UnknownVersionError,
@@ -296,3 +297,52 @@ def test_stable_diffusion_is_known_and_says_that_it_is_not_built() -> None:
 def test_files_without_a_model_name_are_refused(folder: Path) -> None:
     with pytest.raises(RequestError, match="say which one with --model"):
         load_model(path=folder)
+
+
+@pytest.mark.parametrize("role", ["clip", "t5", "transformer", "vae"])
+def test_nothing_stays_loaded_after_a_run_that_failed(folder: Path, role: str) -> None:
+    model = open_model(folder, INFO)
+    load: Callable[..., torch.nn.Module] = model.components.network
+
+    def damaged(asked: str, *rest: object) -> torch.nn.Module:
+        network = load(asked, *rest)
+        if asked == role:
+            for parameter in network.parameters():
+                parameter.data.fill_(float("nan"))
+        return network
+
+    model.components.network = damaged  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError):
+        model.generate(REQUEST)
+    assert model.components.loaded == set()
+
+
+def test_nothing_stays_loaded_after_leaving_the_loop(model: FluxModel) -> None:
+    steps = model.steps(REQUEST)
+    next(steps)
+    assert model.components.loaded == {"transformer"}
+    steps.close()  # type: ignore[attr-defined]
+    assert model.components.loaded == set()
+
+
+def test_a_request_too_large_for_the_memory_is_refused_before_a_weight_is_read(
+    model: FluxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda _: 2 * 10**9)
+    model.generate(REQUEST)
+    with pytest.raises(NotEnoughMemoryError, match="ask for a smaller picture"):
+        model.generate(replace(REQUEST, width=8192, height=8192))
+    assert model.components.loaded == set()
+    with pytest.raises(RequestError, match=r"width 100000 is outside 1\.\.16384"):
+        model.generate(replace(REQUEST, width=100_000))
+
+
+def test_the_model_states_its_defaults(model: FluxModel) -> None:
+    wanted = model.defaults
+    assert (wanted.width, wanted.height, wanted.steps, wanted.guidance, wanted.t5_length) == (
+        128,
+        128,
+        4,
+        None,
+        32,
+    )

@@ -221,3 +221,25 @@ def test_fingerprints_tell_files_apart(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"x" * 2_999_999 + b"y")
     one, other = describe_file(tmp_path / "a"), describe_file(tmp_path / "b")
     assert one["fingerprint"] != other["fingerprint"] and one["name"] == "a" and one["bytes"] == 3_000_000
+
+
+def test_the_refusal_states_what_is_really_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda _: int(32 * GB))
+    needs = [StageNeed("transformer", 11_901_408_320, 23_802_816_640, int(0.5 * GB))]
+    with pytest.raises(NotEnoughMemoryError, match=r"needs 48.7 GB.*leave the dtype to be chosen"):
+        place(needs, CPU, torch.float32, automatic=False, together=False)
+
+
+def test_components_kept_together_widen_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [
+        StageNeed("transformer", 10**9, 2 * 10**9, 0),
+        StageNeed("t5", 6 * 10**8, 12 * 10**8, 0),
+        StageNeed("vae", 10**8, 10**8, 0, widens=False),
+    ]
+    monkeypatch.setattr(device, "available_memory", lambda _: int(5.5 * GB))
+    assert place(needs, CPU, torch.float32, automatic=True, together=True).stored == {"transformer"}
+    monkeypatch.setattr(device, "available_memory", lambda _: int(4.3 * GB))
+    assert place(needs, CPU, torch.float32, automatic=True, together=True).stored == {"transformer", "t5"}
+    monkeypatch.setattr(device, "available_memory", lambda _: int(4.1 * GB))
+    with pytest.raises(NotEnoughMemoryError):
+        place(needs, CPU, torch.float32, automatic=True, together=True)

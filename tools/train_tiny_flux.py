@@ -1,10 +1,11 @@
 """Trains the embedded model tiny-flux from nothing but a colour emoji font. Stages: ae, flow, export.
 
-    python tools/train_tiny_flux.py --state DIR --stage ae --minutes 55
-    python tools/train_tiny_flux.py --state DIR --stage flow --minutes 55
+    python tools/train_tiny_flux.py --state DIR --stage ae --minutes 30
+    python tools/train_tiny_flux.py --state DIR --stage flow --minutes 50
     python tools/train_tiny_flux.py --state DIR --stage export
 
-Every stage resumes from what it finds in DIR.
+Every stage resumes from what it finds in DIR. The shipped weights took these times on two Zen 4 cores: 1,006
+steps of 8 whole pictures, then 1,983 steps of 64 captions.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
         batch, rate = arguments.batch or 8, arguments.rate or 2e-3
         ae_stage.train(shown, config, arguments.state / "ae.pt", arguments.minutes, batch, rate, log)
     elif arguments.stage == "flow":
-        batch, rate = arguments.batch or 64, arguments.rate or 2e-3
+        batch, rate = arguments.batch or 64, arguments.rate or 1.5e-3
         flow_stage.train(shown, arguments.state, arguments.minutes, batch, rate, log)
     else:
         export_stage.export(shown, arguments.state, arguments.out, ROOT / "tests" / "data", log)

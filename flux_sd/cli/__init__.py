@@ -51,10 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return 1
+    except MemoryError as error:
+        return _out_of_memory(error, wants_traceback)
     except Exception as error:  # noqa: BLE001 - the last resort: one line, and the way to more
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself may not be imported yet
+            return _out_of_memory(error, wants_traceback)
         first_line = (str(error).splitlines() or [""])[0]
         hint = "" if wants_traceback else "; this is a defect: --traceback shows where it happened"
         return _fail(f"unexpected {type(error).__name__}: {first_line}{hint}", 1, wants_traceback)
+
+
+def _out_of_memory(error: BaseException, traceback: bool) -> int:
+    advice = "try a smaller --size, --no-batched, or another --device"
+    return _fail(f"the memory ran out ({type(error).__name__}): nothing was written; {advice}", 1, traceback)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -129,6 +129,8 @@ class Output:
             image.check_output(path, self.overwrite)
         if self.latents is not None:
             image.check_output(self.latents, self.overwrite, ".safetensors")
+        if self.previews:
+            image.check_output(self.preview(), self.overwrite)
 
     def pictures(self) -> list[Path]:
         """name.png, or name-1.png, name-2.png, ..."""
@@ -181,6 +183,7 @@ class Listener:
 
     def __init__(self, console: Console, output: Output) -> None:
         self.bars, self.output = ProgressBars(console), output
+        self.shown = False  # whether a preview was written, and is ours to remove
 
     def __call__(self, event: Event) -> None:
         from .. import image
@@ -189,10 +192,11 @@ class Listener:
         self.bars(event)
         if isinstance(event, Preview) and self.output.previews:
             image.save_png(event.picture, self.output.preview(), overwrite=True)
+            self.shown = True
 
     def close(self) -> None:
         self.bars.close()
-        if self.output.previews:
+        if self.shown:
             self.output.preview().unlink(missing_ok=True)
 
 
@@ -263,9 +267,9 @@ def _paint(
 
 def _write(results: list[Result], output: Output, args: argparse.Namespace, console: Console) -> None:
     if args.latents_in is not None:
-        noise = read_latents(args.latents_in)
-        for result, one in zip(results, noise, strict=True):
-            result.metadata |= {"latents_file": args.latents_in.name, "latents_sha256": tensor_hash(one)}
+        for result in results:
+            digest = tensor_hash(result.noise)
+            result.metadata |= {"latents_file": args.latents_in.name, "latents_sha256": digest}
     output.write_pictures(results, console)
     if output.latents is not None:
         write_latents(results, output.latents, output.overwrite)
@@ -304,7 +308,7 @@ def _report(
 
 def timing_table(timings: dict[str, float]) -> str:
     """One line per stage, in the order in which they run."""
-    known = ("download", "load", "encode", "denoise", "decode", "write", "total")
+    known = ("load", "encode", "denoise", "decode", "write", "total")
     stages = [*(s for s in timings if s not in known), *(s for s in known if s in timings)]
     return "\n".join(f"{stage:<10}{timings[stage]:8.3f} s" for stage in stages)
 

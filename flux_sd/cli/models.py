@@ -56,7 +56,8 @@ HEADER = ["model", "size", "steps", "disk", "memory", "licence", "here"]
 
 def describe(version: SDVersion) -> dict[str, Any]:
     """Everything the catalogue says of one model, as plain values; bytes are whole numbers."""
-    info, parameters = version.info, _parameters(version)
+    info = version.info
+    parameters = dict(info.parameters)
     largest = max(parameters.values(), default=0)  # stages are loaded one after another
     state, cached = _cache(info)
     return {
@@ -76,15 +77,6 @@ def describe(version: SDVersion) -> dict[str, Any]:
         "memory_bytes": {"bfloat16": largest * 2, "float32": largest * 4},
         "cache": {"state": state, "bytes": cached},
     }
-
-
-def _parameters(version: SDVersion) -> dict[str, int]:
-    """By component: as released, or counted on the networks of a model that ships in the package."""
-    if version.info.parameters or not version.info.built:
-        return dict(version.info.parameters)
-    from .maps import networks
-
-    return {n.component: sum(p.numel() for p in n.module.parameters()) for n in networks([version])}
 
 
 def _disk_bytes(version: SDVersion) -> int:
