@@ -24,6 +24,7 @@ from .clip import ClipTextEncoder
 from .device import Placement, StageNeed, place
 from .errors import AmbiguousFileError, MissingFileError
 from .flux_mmdit import Flux
+from .load_plan import fill, plan_load
 from .numerics import Numerics, reference
 from .quantized import keep_stored
 from .request import CancelToken, Progress
@@ -31,7 +32,6 @@ from .steps import OnEvent
 from .t5 import T5Encoder
 from .text import ClipTokenizer, T5Tokenizer
 from .versions import FluxConfigs, VersionInfo
-from .weight_map import fill, plan_load
 
 # Order of the stages. Values: the name of the maps (weights_maps/<name>.*.toml).
 MAPS = {"clip": "clip", "t5": "t5", "transformer": "flux_mmdit", "vae": "autoencoder"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flux_sd.checkpoint import open_checkpoint
-from flux_sd.weight_map import fill, plan_load
+from flux_sd.load_plan import fill, plan_load
 
 
 def load(component: str, path: Path) -> dict[str, Tensor]:

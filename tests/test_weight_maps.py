@@ -16,23 +16,9 @@ from flux_sd.checkpoint import DTYPES, Checkpoint, Header, TensorInfo, open_chec
 from flux_sd.clip import ClipTextConfig
 from flux_sd.errors import Cancelled, WeightMapError
 from flux_sd.flux_mmdit import FluxConfig
+from flux_sd.load_plan import PlannedParameter, _make, compare, fill, place, plan_load
 from flux_sd.t5 import T5Config
-from flux_sd.weight_map import (
-    PlannedParameter,
-    Row,
-    Template,
-    WeightMap,
-    _make,
-    compare,
-    fill,
-    find_map,
-    identify,
-    load_maps,
-    maps_folder,
-    place,
-    plan_load,
-    read_map,
-)
+from flux_sd.weight_map import Row, Template, WeightMap, find_map, identify, load_maps, maps_folder, read_map
 
 State = write.State
 MAPS = {weight_map.name: weight_map for weight_map in load_maps()}

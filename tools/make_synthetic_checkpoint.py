@@ -33,9 +33,10 @@ from flux_sd.autoencoder import AutoEncoder
 from flux_sd.clip import ClipTextEncoder
 from flux_sd.errors import FluxSdError, NotBuiltError
 from flux_sd.flux_mmdit import Flux, FluxConfig
+from flux_sd.load_plan import Piece, place
 from flux_sd.t5 import T5Encoder
 from flux_sd.versions import FluxConfigs, SDVersion
-from flux_sd.weight_map import Piece, Row, WeightMap, load_maps, place
+from flux_sd.weight_map import Row, WeightMap, load_maps
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "f16": (torch.float16, "F16"), "f32": (torch.float32, "F32")}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -115,7 +116,7 @@ def stored_tensors(weight_map: WeightMap, config: object, shapes: Shapes) -> lis
         sources = _source_shapes(row, shapes[target], config)
         shape, pieces = place(row, sources)
         if shape != shapes[target]:
-            raise NotImplementedError(f"{row} cannot be read backwards")
+            raise ValueError(f"{row} cannot be read backwards")
         for source, source_shape in zip(row.sources, sources, strict=True):
             mine = sorted((piece for piece in pieces if piece.source == source), key=_first)
             tensors.append(StoredTensor(source, source_shape, tuple((target, p.at, p.rows) for p in mine)))
@@ -139,7 +140,7 @@ def _source_shapes(row: Row, shape: tuple[int, ...], config: object) -> list[tup
     if row.operation == "cat" and isinstance(config, FluxConfig):  # q, k, v and the MLP of a single block
         hidden = config.hidden_size
         return [(hidden, *shape[1:])] * 3 + [(shape[0] - 3 * hidden, *shape[1:])]
-    raise NotImplementedError(f"no rule for {row}")
+    raise ValueError(f"no rule for {row}")
 
 
 def write_file(

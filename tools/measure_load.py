@@ -19,8 +19,8 @@ import torch
 from make_synthetic_checkpoint import COMPONENTS, build
 
 from flux_sd.checkpoint import open_checkpoint
+from flux_sd.load_plan import fill, plan_load
 from flux_sd.versions import SDVersion
-from flux_sd.weight_map import fill, plan_load
 
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

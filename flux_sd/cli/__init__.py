@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="after an error, show where in the program it happened"
     )
     parser.set_defaults(run=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(prog="flux-sd", title="commands", metavar="COMMAND", dest="command")
     for module in COMMANDS:
         module.register(commands)
     return parser

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..checkpoint import Checkpoint
+    from ..load_plan import LoadPlan
     from ..versions import SDVersion
-    from ..weight_map import Hit, LoadPlan, WeightMap
+    from ..weight_map import Hit, WeightMap
 
 SHOW_EPILOG = """examples:
   flux-sd maps show                                          every map: a component's names in one dialect
@@ -42,7 +43,7 @@ def register(commands: Any) -> None:
         description="How the names in other people's checkpoints become ours.",
         allow_abbrev=False,
     )
-    actions = maps.add_subparsers(title="actions", metavar="show|check", required=True)
+    actions = maps.add_subparsers(prog="flux-sd maps", title="actions", metavar="show|check", required=True)
     show = actions.add_parser(
         "show", help="list the maps, or the rows of one", description="Lists the maps, or the rows of one.",
         usage="flux-sd maps show [NAME] [options]", epilog=SHOW_EPILOG, formatter_class=raw,
@@ -186,7 +187,7 @@ def check_file(path: Path, kinds: list[Network]) -> list[Found]:
 
 
 def _check_part(path: Path, checkpoint: Checkpoint, hit: Hit, kinds: list[Network]) -> Found:
-    from ..weight_map import compare, report
+    from ..load_plan import compare, report
 
     tried = []
     for network in kinds:
