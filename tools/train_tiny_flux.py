@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="peak learning rate")
     out = ROOT / "flux_sd" / "models" / "tiny_flux"
     parser.add_argument("--out", type=Path, default=out, help="export: the checkpoint folder")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -55,10 +56,12 @@ def main() -> None:
     if arguments.stage == "ae":
         config = AutoEncoderConfig.tiny_flux()
         batch, rate = arguments.batch or 8, arguments.rate or 2e-3
-        ae_stage.train(shown, config, arguments.state / "ae.pt", arguments.minutes, batch, rate, log)
+        ae_stage.train(
+            shown, config, arguments.state / "ae.pt", arguments.minutes, batch, rate, arguments.device, log
+        )
     elif arguments.stage == "flow":
         batch, rate = arguments.batch or 64, arguments.rate or 1.5e-3
-        flow_stage.train(shown, arguments.state, arguments.minutes, batch, rate, log)
+        flow_stage.train(shown, arguments.state, arguments.minutes, batch, rate, arguments.device, log)
     else:
         export_stage.export(shown, arguments.state, arguments.out, ROOT / "tests" / "data", log)
 

@@ -19,7 +19,7 @@ BY_ADAM = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.co
 Log = Callable[[str], None]
 
 
-def build(config: AutoEncoderConfig) -> AutoEncoder:
+def build(config: AutoEncoderConfig, device: str = "cpu") -> AutoEncoder:
     """A fresh autoencoder whose residual branches begin small."""
     torch.manual_seed(0)
     model = AutoEncoder(config)
@@ -29,8 +29,9 @@ def build(config: AutoEncoderConfig) -> AutoEncoder:
         if last is not None:
             nn.init.normal_(last.weight, std=1e-3)
             nn.init.zeros_(last.bias)
-    fast_norm.swap_in(model)
-    return model.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        fast_norm.swap_in(model)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def psnr(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def psnr(mine: Tensor, theirs: Tensor) -> Tensor:
 
 def loss_of(model: AutoEncoder, x: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures [B,3,H,W] -> training loss and mean squared error"""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         z = model.encode(x)
         spread, centre = torch.std_mean(z.float(), dim=(0, 2, 3))  # [Z] each
         noise = torch.randn_like(z) * (CODE_NOISE * spread.detach())[:, None, None]
@@ -53,7 +54,7 @@ def loss_of(model: AutoEncoder, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(pictures: Pictures, allowed: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Random training pairs in random variants -> [B,3,H,W]"""
+    """Random training pairs in random variants -> [B,3,H,W], on the CPU"""
     picked = allowed[torch.randint(len(allowed), (batch,), generator=generator)]
     variant = torch.randint(pictures.rgba.shape[1], (batch,), generator=generator)
     x = pictures.compose(picked[:, 0], picked[:, 1], variant)
@@ -64,10 +65,11 @@ def sample(pictures: Pictures, allowed: Tensor, batch: int, generator: torch.Gen
 def quality(model: AutoEncoder, x: Tensor, batch: int = 16) -> Tensor:
     """PSNR of each picture [B]"""
     found = []
+    device = next(model.parameters()).device
     for part in x.split(batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = model.decode(model.encode(part))
-        found.append(psnr(y.float(), part))
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = model.decode(model.encode(part.to(device)))
+        found.append(psnr(y.float().cpu(), part))
     return torch.cat(found)
 
 
@@ -78,13 +80,14 @@ def train(
     minutes: float,
     batch: int,
     rate: float,
+    device: str,
     log: Log,
 ) -> None:
     """Run until the time budget is spent; state and log every two minutes."""
-    model = build(config)
+    model = build(config, device)
     trainer = Trainer(model, rate, minutes, by_adam=BY_ADAM)
     trainer.restore(state)
-    averaged = build(config)
+    averaged = build(config, device)
     allowed = torch.tensor(pairs(pictures.names, held_out=False))
     kept = torch.tensor(pairs(pictures.names, held_out=True))[::5]
     shown = pictures.compose(kept[:, 0], kept[:, 1], torch.zeros(len(kept), dtype=torch.long))
@@ -92,7 +95,7 @@ def train(
     trainer.restart_clock()
     reported, first, mean = time.monotonic(), trainer.step, 0.0
     while trainer.progress < 1:
-        loss, mse = loss_of(model, sample(pictures, allowed, batch, generator))
+        loss, mse = loss_of(model, sample(pictures, allowed, batch, generator).to(device))
         trainer.update(loss)
         mean = mse.item() if mean == 0 else 0.98 * mean + 0.02 * mse.item()
         if time.monotonic() - reported > 110 or trainer.progress >= 1:

@@ -26,7 +26,7 @@ def attention(
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
 

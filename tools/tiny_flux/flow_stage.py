@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Painter(nn.Module):
             torch.zeros(1, T5_LENGTH, 1), torch.zeros(1, 1), torch.zeros(1, 16, 2 * side, 2 * side)
         )
         txt, vec = self.t5(t5_ids), self.clip(clip_ids).pooled
-        out: Tensor = self.transformer(img, blank.img_ids, txt, blank.txt_ids, t, vec)
+        img_ids, txt_ids = blank.img_ids.to(img.device), blank.txt_ids.to(img.device)
+        out: Tensor = self.transformer(img, img_ids, txt, txt_ids, t, vec)
         return out
 
 
@@ -107,7 +109,7 @@ class Tokens:
 def averaged_autoencoder(state: Path, config: AutoEncoderConfig) -> AutoEncoder:
     """The first stage's result, for use."""
     model = AutoEncoder(config).eval()
-    model.load_state_dict(torch.load(state / "ae.pt", weights_only=True)["ema"])
+    model.load_state_dict(torch.load(state / "ae.pt", weights_only=True, map_location="cpu")["ema"])
     return model.to(memory_format=torch.channels_last)
 
 
@@ -145,24 +147,25 @@ def times(count: int) -> Tensor:
 
 def loss_of(painter: Painter, x0: Tensor, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
     """Mean squared error of the velocity at random times. x0 [B,S,64]"""
-    t = times(len(x0))
+    t = times(len(x0)).to(x0.device)
     noise = torch.randn_like(x0)
     mixed = torch.lerp(x0, noise, t[:, None, None])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x0.device.type, dtype=torch.bfloat16):
         velocity = painter(mixed, t5_ids, clip_ids, t)
     return (velocity.float() - (noise - x0)).square().mean()
 
 
 @torch.no_grad()
 def paint(painter: Painter, decoder: AutoEncoder, tokens: Tokens, texts: list[str], steps: int = 4) -> Tensor:
-    """Captions -> pictures [B,3,128,128], each from the noise of the one fixed seed"""
-    t5_ids, clip_ids = tokens.ids(texts)
-    noise = get_noise(SEED, SIZE, SIZE).expand(len(texts), -1, -1, -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    """Captions -> pictures [B,3,128,128] on the CPU, each from the noise of the one fixed seed"""
+    device = next(painter.parameters()).device
+    t5_ids, clip_ids = (ids.to(device) for ids in tokens.ids(texts))
+    noise = get_noise(SEED, SIZE, SIZE).expand(len(texts), -1, -1, -1).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         txt, vec = painter.t5(t5_ids).float(), painter.clip(clip_ids).pooled.float()
         for step in denoise(painter.transformer, State.new(txt, vec, noise), get_schedule(steps), None):
             img = step.img
-        return decoder.decode(unpack(img, SIZE, SIZE)).float()
+        return decoder.decode(unpack(img, SIZE, SIZE)).float().cpu()
 
 
 def accuracy(
@@ -182,14 +185,16 @@ def accuracy(
     )
 
 
-def train(pictures: Pictures, state: Path, minutes: float, batch: int, rate: float, log: Log) -> None:
+def train(
+    pictures: Pictures, state: Path, minutes: float, batch: int, rate: float, device: str, log: Log
+) -> None:
     """Run until the time budget is spent; state and log every two minutes, accuracy every fourth."""
     codes, picked, config = latents(pictures, state, log)
     tokens = Tokens.load(pictures, state)
-    painter, averaged = build(), build()
+    painter, averaged = build().to(device), build().to(device)
     trainer = Trainer(painter, rate, minutes, average=0.995, by_adam=BY_ADAM)
     trainer.restore(state / "flow.pt")
-    decoder = averaged_autoencoder(state, config)
+    decoder = averaged_autoencoder(state, config).to(device)
     kept = torch.tensor(pairs(pictures.names, held_out=True))[::5]
     generator = torch.Generator().manual_seed(trainer.step)
     source = random.Random(trainer.step)
@@ -199,8 +204,9 @@ def train(pictures: Pictures, state: Path, minutes: float, batch: int, rate: flo
         rows = torch.randint(len(picked), (batch,), generator=generator)
         variant = torch.randint(VARIANTS, (batch,), generator=generator)
         texts = [tokens.captions.draw(int(i), int(j), source) for i, j in picked[rows]]
-        with fast_blocks.in_use():
-            loss = loss_of(painter, codes[rows, variant].float(), *tokens.ids(texts))
+        inputs = (codes[rows, variant].float(), *tokens.ids(texts))
+        with fast_blocks.in_use() if device == "cpu" else nullcontext():
+            loss = loss_of(painter, *(tensor.to(device) for tensor in inputs))
         trainer.update(loss)
         mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
         if time.monotonic() - reported > 110 or trainer.progress >= 1:

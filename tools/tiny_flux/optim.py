@@ -112,7 +112,7 @@ class Trainer:
         """Continue where `save` stopped; nothing where there is no file."""
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         for mine, stored in zip(self.muon.buffers, state["muon"], strict=True):
             mine.copy_(stored)
