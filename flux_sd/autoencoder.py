@@ -110,7 +110,8 @@ class AttnBlock(nn.Module):
 
 
 def _positions(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)  # [B,C,H,W] -> [B,1,HW,C]
+    # Contiguous: with strided rows the CPU's attention falls back to building all HW x HW scores.
+    return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # [B,C,H,W] -> [B,1,HW,C]
 
 
 class Downsample(nn.Module):

@@ -7,6 +7,7 @@ lose the other, so their names are refused with a sentence that says so.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -26,6 +27,7 @@ from .errors import NonFiniteError, OutputError
 
 RECORD_KEY = "flux_sd"  # PNG text chunk: the whole record as one line of JSON, in ASCII
 SUMMARY_KEY = "Description"  # PNG text chunk, a keyword of the PNG standard: the same for human eyes
+MAX_NAME = 255  # bytes of a file name, on the usual file systems
 Rounding = Literal["round", "truncate"]
 
 
@@ -111,6 +113,8 @@ def check_output(path: str | Path, overwrite: bool = False, suffix: str = ".png"
         why = "only PNG keeps every pixel and the record that repeats the run" if suffix == ".png" else ""
         found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise OutputError(f"{path.name!r} {found}, expected {suffix}{': ' + why if why else ''}")
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise OutputError(f"the name {path.name[:40]!r}... has over {MAX_NAME} bytes: choose a shorter one")
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"the folder {str(folder)!r} does not exist: create it or choose another name")
@@ -142,7 +146,7 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], None], overwrite: b
     Raises OutputError if the name is taken (also where it was taken meanwhile) or the disk refuses.
     """
     path = Path(path)
-    draft = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    draft = path.parent / f".flux_sd.{secrets.token_hex(8)}.part"
     try:
         with draft.open("xb") as file:
             write(file)
@@ -154,7 +158,8 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], None], overwrite: b
     except OSError as error:
         raise OutputError(f"{str(path)!r} could not be written: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
     return path
 
 

@@ -528,3 +528,20 @@ def test_the_module_is_the_command(folder: Path) -> None:
     words = [sys.executable, "-m", "flux_sd", "generate", "x", "--model", "nothing"]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and "model 'nothing' is unknown" in done.stderr
+
+
+def test_the_command_to_repeat_keeps_a_prompt_behind_two_dashes(
+    calls: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", "--steps", "2", "--", "-5 degrees"]
+    monkeypatch.setattr("sys.argv", ["flux-sd", *words])
+    assert main(words) == 0
+    assert "flux-sd generate --steps 2 --seed " in (printed := capsys.readouterr().err)
+    assert printed.rstrip().endswith("-- '-5 degrees'")
+
+
+def test_a_name_that_no_file_system_takes_is_refused_before_painting(
+    calls: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "-o", "n" * 252 + ".png"]) == 2
+    assert "has over 255 bytes" in capsys.readouterr().err

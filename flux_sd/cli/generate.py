@@ -315,8 +315,11 @@ def timing_table(timings: dict[str, float]) -> str:
 
 def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
     """The words of this run with the seed that was drawn, and without the files that it has now written."""
+    end = (
+        argv.index("--") if "--" in argv else len(argv)
+    )  # what follows is the prompt, whatever it looks like
     words, skip = [], 0
-    for word in argv:
+    for word in argv[:end]:
         name = word.partition("=")[0] if word.startswith("--") else word[:2] if word[:1] == "-" else word
         if skip:
             skip -= 1
@@ -324,7 +327,7 @@ def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
             skip = OUTPUT_OPTIONS[name] if word == name else 0
         else:
             words.append(word)
-    return shlex.join(["flux-sd", *words, "--seed", str(seed)])
+    return shlex.join(["flux-sd", *words, "--seed", str(seed), *argv[end:]])
 
 
 # --------------------------------------------------------------------------------------- latents
@@ -332,19 +335,15 @@ def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
 
 def read_latents(path: Path) -> Tensor:
     """The tensor "latents" of a safetensors file. Raises RequestError if there is none."""
-    from safetensors import SafetensorError, safe_open
+    from ..checkpoint import open_checkpoint
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if "latents" in names:
-                latents: Tensor = file.get_tensor("latents")
-                return latents
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"latents {str(path)!r} cannot be read: {error}") from error
-    raise RequestError(
-        f"{str(path)!r} holds {', '.join(names) or 'nothing'}, expected a tensor named 'latents'"
-    )
+    if not path.is_file():
+        raise RequestError(f"latents {str(path)!r} cannot be read: it is not a file")
+    with open_checkpoint(path) as checkpoint:
+        if "latents" in checkpoint:
+            return checkpoint.read("latents")
+        names = ", ".join(checkpoint.names) or "nothing"
+    raise RequestError(f"{str(path)!r} holds {names}, expected a tensor named 'latents'")
 
 
 def write_latents(results: list[Result], path: Path, overwrite: bool) -> None:

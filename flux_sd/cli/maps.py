@@ -177,12 +177,15 @@ class Found:
 def check_file(path: Path, kinds: list[Network]) -> list[Found]:
     """What the file holds. Raises WeightMapError with every problem if a part of it fits no network."""
     from ..checkpoint import open_checkpoint
-    from ..weight_map import find_map, identify
+    from ..weight_map import identify, load_maps, recognise_other
 
     with open_checkpoint(path) as checkpoint:
         hits = identify(checkpoint.infos.keys())
         if not hits:
-            find_map(kinds[0].component, checkpoint.infos.keys(), str(path))  # raises, naming what it is
+            given = recognise_other(checkpoint.names)
+            layouts = ", ".join(known.name for known in load_maps())
+            unknown = f"of no known layout: its {len(checkpoint)} tensors have none of the names of {layouts}"
+            raise WeightMapError(f"{path} is {given or unknown}")
         return [_check_part(path, checkpoint, hit, kinds) for hit in hits]
 
 
