@@ -131,13 +131,14 @@ class FluxComponents:
         info: VersionInfo,
         files: FluxFiles,
         checkpoints: dict[str, Checkpoint],
+        needs: Mapping[str, StageNeed],
         placement: Placement,
         numerics: Numerics,
         keep_loaded: bool,
     ) -> None:
         self.info, self.files, self.placement, self.numerics = info, files, placement, numerics
         self.keep_loaded = keep_loaded
-        self._checkpoints = checkpoints
+        self._checkpoints, self._needs = checkpoints, needs
         self._files = {role: [describe_file(path) for path in c.files] for role, c in checkpoints.items()}
         for role in TOKENIZERS:
             folder = getattr(files, f"{role}_tokenizer")
@@ -170,9 +171,9 @@ class FluxComponents:
             for role in MAPS:
                 checkpoints[role] = open_checkpoint(getattr(files, role))
                 plan_load(MAPS[role], build(role, info, numerics), config_of(role, info), checkpoints[role])
-            needs = [need(role, info, checkpoints[role].total_bytes) for role in MAPS]
-            placement = place(needs, device, dtype, automatic, together=keep_loaded)
-            return cls(info, files, checkpoints, placement, numerics, keep_loaded)
+            needs = {role: need(role, info, checkpoints[role].total_bytes) for role in MAPS}
+            placement = place(list(needs.values()), device, dtype, automatic, together=keep_loaded)
+            return cls(info, files, checkpoints, needs, placement, numerics, keep_loaded)
         except BaseException:
             for checkpoint in checkpoints.values():
                 checkpoint.close()
@@ -206,7 +207,7 @@ class FluxComponents:
         """Raises NotEnoughMemoryError if a request of this size would not fit beside what is loaded."""
         needs = []
         for role in MAPS:
-            wanted = need(role, self.info, self._checkpoints[role].total_bytes)
+            wanted = self._needs[role]
             activations = images * _activations(role, self.info, width * height, t5_length)
             parameters = 0 if role in self._networks else wanted.parameters
             stored = role in self.placement.stored

@@ -119,8 +119,19 @@ def train_t5(corpus: Iterable[str], pieces: int, folder: Path, rules: Path | Non
         minloglevel=2,
         **options,
     )
-    (folder / "spiece.model").write_bytes(written.getvalue())
-    _write_json(t5_pipeline(written.getvalue()), folder / "tokenizer.json")
+    model = _without_path(written.getvalue()) if rules else written.getvalue()
+    (folder / "spiece.model").write_bytes(model)
+    _write_json(t5_pipeline(model), folder / "tokenizer.json")
+
+
+def _without_path(model: bytes) -> bytes:
+    """The same model without the name of the file that its rules came from (needs protobuf)."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = sentencepiece_model_pb2.ModelProto.FromString(model)
+    content.normalizer_spec.ClearField("normalization_rule_tsv")
+    cleaned: bytes = content.SerializeToString()
+    return cleaned
 
 
 def t5_pipeline(model: bytes) -> Tokenizer:
