@@ -59,6 +59,7 @@ class Job:
         self._events: list[Event] = []
         self._state = JobState.QUEUED
         self._changed = threading.Condition()
+        self._announcer: int | None = None  # the thread that tells the listener of the end
 
     @property
     def state(self) -> JobState:
@@ -66,10 +67,14 @@ class Job:
             return self._state
 
     def events(self) -> Iterator[Event]:
-        """All events from the first on, waiting for those to come; ends after the one Complete or Error."""
+        """All events from the first on, waiting for those to come; ends after the one Complete or Error.
+
+        Raises RuntimeError where the wait would never end: see `result`."""
         i = 0
         while True:
             with self._changed:
+                if len(self._events) <= i:
+                    self._refuse_to_wait_for_itself()
                 self._changed.wait_for(lambda seen=i: len(self._events) > seen)  # type: ignore[misc]
                 event = self._events[i]
             yield event
@@ -79,8 +84,11 @@ class Job:
 
     def result(self, timeout: float | None = None) -> list[Result]:
         """Waits for the end and returns the pictures, or raises what the run raised (Cancelled if it was
-        cancelled). Raises TimeoutError after `timeout` seconds; the job goes on."""
+        cancelled). Raises TimeoutError after `timeout` seconds; the job goes on. Raises RuntimeError where it
+        is called by a listener, on the thread that the job's end waits for."""
         with self._changed:
+            if not self._ended():
+                self._refuse_to_wait_for_itself()
             if not self._changed.wait_for(self._ended, timeout):
                 raise TimeoutError(f"job {self.id} is still {self._state.value} after {timeout} s")
             last = self._events[-1]
@@ -94,6 +102,13 @@ class Job:
         self.token.cancel()
         if self._engine._withdraw(self):
             self._finish(Error(Cancelled()))
+
+    def _refuse_to_wait_for_itself(self) -> None:
+        if threading.get_ident() in (self._engine._worker.ident, self._announcer):
+            raise RuntimeError(
+                f"job {self.id} was waited for by a listener, on the thread that runs it: take the pictures "
+                "from the Complete event's results, or wait in another thread"
+            )
 
     def _ended(self) -> bool:
         return self._state not in (JobState.QUEUED, JobState.RUNNING)
@@ -115,6 +130,7 @@ class Job:
     def _finish(self, last: Complete | Error) -> None:
         """Adds the last event. The listener hears it first: whoever `result` wakes finds it delivered."""
         if self._on_event is not None:
+            self._announcer = threading.get_ident()
             try:
                 self._on_event(last)
             except BaseException:  # noqa: BLE001 - its listener's trouble must not stop the next job
@@ -126,6 +142,7 @@ class Job:
             else:
                 cancelled = isinstance(last.error, Cancelled)
                 self._state = JobState.CANCELLED if cancelled else JobState.FAILED
+            self._announcer = None
             self._changed.notify_all()
 
 

@@ -376,34 +376,50 @@ class _Watch:
 
 
 class _Unfinished:
-    """A file that is still arriving, `<etag>.incomplete` beside the blobs, and the sha256 of its bytes."""
+    """A file that is still arriving, `<etag>.incomplete` beside the blobs, and the hash of its bytes: sha256
+    for a large file, the git blob id (sha1 of "blob SIZE\\0" and the bytes) for a small one."""
 
-    def __init__(self, blob: Path, watch: _Watch) -> None:
+    def __init__(self, blob: Path, file: _File, watch: _Watch) -> None:
         self.path = _unfinished_path(blob)
-        self.watch = watch
-        self.sha256 = hashlib.sha256()
+        self.file, self.watch = file, watch
+        self.hash = self._new_hash()
         self.size = 0
         self.path.touch()
         with self.path.open("rb") as stream:  # left by an earlier run
             while part := stream.read(CHUNK):
-                self.sha256.update(part)
+                self.hash.update(part)
                 self.size += len(part)
                 watch.check()
         watch.add(self.size)
+
+    def _new_hash(self) -> hashlib._Hash:
+        if self.file.sha256 is not None:
+            return hashlib.sha256()
+        return hashlib.sha1(f"blob {self.file.size}\0".encode(), usedforsecurity=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether size and hash are the announced ones. An etag that is no git blob id tells nothing."""
+        announced = self.file.sha256 or self.file.etag
+        same = self.hash.hexdigest() == announced or len(announced) != 2 * self.hash.digest_size
+        return self.size == self.file.size and same
 
     def restart(self) -> None:
         """Forgets everything."""
         with self.path.open("wb"):
             self.watch.done -= self.size
-        self.sha256, self.size = hashlib.sha256(), 0
+        self.hash, self.size = self._new_hash(), 0
 
     def append(self, chunks: Iterator[bytes]) -> None:
+        """Writes what arrives; stops reading a sender that goes on past the announced size."""
         with self.path.open("ab") as stream:
             for chunk in chunks:
                 stream.write(chunk)
-                self.sha256.update(chunk)
+                self.hash.update(chunk)
                 self.size += len(chunk)
                 self.watch.add(len(chunk))
+                if self.size > self.file.size:
+                    return
 
 
 def _blob(remote: _Remote, file: _File) -> Path:
@@ -480,7 +496,7 @@ def _download(remote: _Remote, commit: str, file: _File, watch: _Watch) -> None:
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _locked(remote, file, watch):
         if not blob.exists():
-            unfinished = _Unfinished(blob, watch)
+            unfinished = _Unfinished(blob, file, watch)
             _receive(remote, commit, file, unfinished)
             os.replace(unfinished.path, blob)
     hf_hub_download(
@@ -525,10 +541,10 @@ def _receive(remote: _Remote, commit: str, file: _File, unfinished: _Unfinished)
             if failures >= ATTEMPTS or not _transient(error):
                 raise
             unfinished.watch.pause(RETRY_WAIT)
-    if unfinished.size != file.size or file.sha256 not in (None, unfinished.sha256.hexdigest()):
+    if not unfinished.whole:
         unfinished.restart()
         raise DownloadError(
-            f"{file.name} of {remote.repo} arrived damaged (size or sha256 differ from the announced) and was"
+            f"{file.name} of {remote.repo} arrived damaged (size or hash differ from the announced) and was"
             " discarded: run the same command again"
         )
 

@@ -170,6 +170,30 @@ def test_a_listener_that_raises_fails_its_own_job_only() -> None:
     assert len(last_events(job)) == 1
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_listener_that_waits_for_its_own_job_is_told_so_at_once(queued: bool) -> None:
+    raised: list[BaseException] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, Complete | Error):
+            for wait in (lambda: job.result(PATIENCE), lambda: list(job.events())):
+                with pytest.raises(RuntimeError, match="was waited for by a listener") as caught:
+                    wait()
+                raised.append(caught.value)
+
+    model = GatedModel()
+    with GenerationEngine(model) as engine:
+        first = engine.submit(order())
+        assert model.entered.wait(PATIENCE)
+        job = engine.submit(order(), listener)  # the listener runs here when it is cancelled in the queue
+        if queued:
+            job.cancel()
+        model.gate.set()
+        first.result(PATIENCE)
+    assert job.state is (JobState.CANCELLED if queued else JobState.COMPLETED)
+    assert len(raised) == 2 and "Complete event's results" in str(raised[0])
+
+
 def test_a_loader_is_called_once_in_the_worker_and_its_model_closed() -> None:
     model, calls = FakeModel(), list[str]()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tiny_flux.pictures import is_held_out
 
 import flux_sd
 from flux_sd import GenerationRequest
@@ -24,6 +25,14 @@ def thumbnails() -> np.ndarray:
 def listed() -> list[dict[str, object]]:
     """Caption of each thumbnail, and whether the pair was kept from training."""
     return json.loads((DATA / "tiny_flux_thumbnails.json").read_text(encoding="utf-8"))
+
+
+def test_what_is_asked_for_was_kept_from_training() -> None:
+    for row in (row for row in listed() if row["held_out"]):  # the others only stand beside them
+        phrase, _, rest = str(row["caption"]).partition(" on a ")
+        article, _, name = phrase.partition(" ")
+        name = name if article in ("a", "an") else phrase
+        assert is_held_out(name, rest.removesuffix(" background")), row["caption"]
 
 
 def test_each_held_out_caption_is_nearest_to_its_own_thumbnail() -> None:

@@ -85,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(prog="flux-sd", title="commands", metavar="COMMAND", dest="command")
     for module in COMMANDS:
         module.register(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -103,7 +105,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
         words = " ".join(extra)
         plain = args.command == "generate" and not any(word.startswith("-") for word in extra)
         hint = ": put a prompt of several words in quotes" if plain else ""
-        parser.error(f"unrecognized arguments: {words}{hint}")
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {words}{hint}")
     return args
 
 
