@@ -1,24 +1,23 @@
 """Checkpoints on disk behind one interface: names, shapes, stored types, and tensors read as they are wanted.
 
-Floor 2. `open_checkpoint` takes a safetensors file, several of them, a shard index or a folder that holds
-one of those, reads headers only, and trusts nothing in them: every length and offset is held against the
-size of the file before use. Tensors come from a memory map, a piece at a time, and the pages of a piece
-are given back once it has been copied, so that loading needs what stays plus one piece.
+Floor 2. `open_checkpoint` takes a safetensors or GGUF file, several of them, a shard index or a folder that
+holds one of those, reads headers only, and trusts nothing in them. Tensors come from a memory map, a piece at
+a time, and the pages of a piece are given back once it has been copied or decoded, so that loading needs what
+stays plus one piece.
 
-The container format is confined to `read_header`: another one adds a branch there.
-Counterpart in Candle: `VarBuilder::from_mmaped_safetensors`. Format: the safetensors README (format section).
+The two containers are confined to `read_header`; all else sees `TensorInfo` alone. Weights that are not yet
+numbers (GGML blocks, fp8 with scales) are decoded by `read` and `copy_into`; `mapped` and `scale` give them
+as they are stored. Counterparts in Candle: `VarBuilder::from_mmaped_safetensors`, `from_gguf`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
+import stat
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,51 +25,19 @@ import torch
 from torch import Tensor
 
 from .errors import AmbiguousFileError, CheckpointError, MissingFileError
+from .float8 import decode_float8, find_scales
+from .ggml_types import GGML_TYPES, PLAIN, row_bytes
+from .gguf_dequant import SUPPORTED, dequantize
+from .gguf_header import MAGIC, read_gguf_header, read_gguf_metadata
+from .gguf_header import SUFFIX as GGUF
+from .safetensors_header import MAX_HEADER, PICKLE_SUFFIXES, parse_json, read_safetensors_header
+from .safetensors_header import SUFFIXES as SAFETENSORS
+from .tensor_info import MAX_NAME, Header, TensorInfo, is_name
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-SUFFIXES = (".safetensors", ".sft")
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (*SAFETENSORS, GGUF)
 INDEX_MARK = ".safetensors.index."
-MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-MAX_DIMENSIONS = 8
-PIECE = 16 * 2**20  # bytes copied between two releases of pages
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says about one tensor. `dtype` is the container's own word for it, such as "BF16"."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    file: Path
-    offset: int  # of the first byte, from the start of the file
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Header:
-    """The checked header of one file."""
-
-    infos: tuple[TensorInfo, ...]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+GGUF_TYPES = tuple(dict.fromkeys((*PLAIN, *SUPPORTED)))  # what a tensor of a GGUF file may be
+PIECE = 16 * 2**20  # bytes, as numbers, that are copied between two releases of pages
 
 
 class Checkpoint:
@@ -79,21 +46,27 @@ class Checkpoint:
     def __init__(self, files: Sequence[Path], headers: Sequence[Header]) -> None:
         self.files: tuple[Path, ...] = tuple(files)
         self.metadata: dict[str, str] = {}
-        self._infos: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._closed = False
+        self._stored: dict[str, TensorInfo] = {}  # every tensor of the files
         for header in headers:
             self.metadata.update(header.metadata)
             for info in header.infos:
-                if info.name in self._infos:
-                    other = self._infos[info.name].file
+                if info.name in self._stored:
+                    other = self._stored[info.name].file
                     raise CheckpointError(f"{other} and {info.file} both hold {info.name!r}: give one")
-                self._infos[info.name] = info
+                self._stored[info.name] = info
+        self._infos, self._absorbed = find_scales(self._stored, self.metadata, _small_bytes, self.label)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name, in the order of the files."""
+        """Every tensor that is a weight, by name, in the order of the files."""
         return self._infos
+
+    @property
+    def absorbed(self) -> Mapping[str, str]:
+        """The scales and markers of fp8 weights, which `infos` leaves out: name -> what it is."""
+        return self._absorbed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,43 +96,61 @@ class Checkpoint:
         return self._infos[name]
 
     def read(self, name: str) -> Tensor:
-        """A copy of one tensor, shape and type as stored. The pages it was read from are released."""
+        """A copy of one tensor: of the type it is stored in, float32 where it is packed."""
         info = self.info(name)
-        out = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        dtype = torch.float32 if info.packed or info.torch_dtype is None else info.torch_dtype
+        out = torch.empty(info.shape, dtype=dtype)
         self.copy_into(name, out)
         return out
 
     def mapped(self, name: str) -> Tensor:
         """One tensor as a view on the file, not to be written to; it keeps the file mapped while it lives.
 
-        An offset that is not a multiple of the element size (legal, rare) gives a copy.
+        Block types are uint8 [stored rows, bytes of a row]; fp8 comes without its scale. An offset that is no
+        multiple of the element size (legal, rare) gives a copy.
         """
         info = self.info(name)
-        dtype = DTYPES[info.dtype]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        stored = _view_bytes(self._mapping(info.file), info.offset, info.nbytes)
-        aligned = stored if info.offset % dtype.itemsize == 0 else stored.clone()
-        return aligned.view(dtype).view(info.shape)
+        if info.torch_dtype is not None:
+            return _numbers(self._bytes(info), info).view(info.shape)
+        *outer, columns = info.stored_shape  # blocks run along the rows as they are stored
+        return self._bytes(info).view(math.prod(outer), row_bytes(info.dtype, columns))
+
+    def scale(self, name: str) -> Tensor | None:
+        """What an fp8 weight is to be multiplied with, float32 [] or [rows, 1]; None if it has no scale."""
+        info = self.info(name)
+        if info.scale is None:
+            return None
+        scale = self._stored[info.scale]
+        values = _numbers(self._bytes(scale), scale).to(torch.float32, copy=True)
+        return values.view(()) if values.numel() == 1 else values.view(-1, 1)
 
     def copy_into(self, name: str, destination: Tensor, start: int = 0) -> None:
         """Fills a contiguous `destination` (any shape, type, device) from element `start` of `name` on.
 
-        Elements count in row-major order, so a range of rows is a range of elements. They are converted to
-        the destination's type piece by piece; each piece's pages are released before the next is touched.
+        Elements count in row-major order, so a range of rows is a range of elements. They are decoded and
+        converted to the destination's type piece by piece; each piece's pages are released before the next is
+        touched.
         """
-        info = self.info(name)
-        if start < 0 or start + destination.numel() > info.numel:
-            end = start + destination.numel()
+        info, out = self.info(name), destination.view(-1)
+        end = start + out.numel()
+        if start < 0 or end > info.numel:
             raise ValueError(f"{name} has {info.numel} elements, asked for {start} to {end}")
-        source, out = self.mapped(name).view(-1), destination.view(-1)
-        itemsize = source.element_size()
-        step = max(1, PIECE // itemsize)
-        for begin in range(0, out.numel(), step):
-            end = min(begin + step, out.numel())
-            out[begin:end].copy_(source[start + begin : start + end])
-            first = info.offset + (start + begin) * itemsize
-            self._release(info.file, first, first + (end - begin) * itemsize)
+        stored, scale = self._bytes(info), self.scale(name)
+        unit, nbytes = _unit(info, scale)
+        for first, last in _pieces(start, end, unit, PIECE // (4 if info.packed else nbytes)):
+            head, tail = first // unit * nbytes, last // unit * nbytes
+            values = _decode(stored[head:tail], info, scale, first // unit, out.device)
+            begin, stop = max(first, start), min(last, end)
+            out[begin - start : stop - start].copy_(values[begin - first : stop - first])
+            self._release(info.file, info.offset + head, info.offset + tail)
+
+    def gguf_metadata(self, keys: Collection[str]) -> dict[str, Any]:
+        """Key-value pairs of the GGUF files among the files, arrays included; read anew at each call."""
+        found: dict[str, Any] = {}
+        for path in self.files:
+            if _is_gguf(path):
+                found.update(read_gguf_metadata(path, keys))
+        return found
 
     def release(self, name: str | None = None) -> None:
         """Gives back the file pages of one tensor, or of all; they are read again when touched again."""
@@ -185,6 +176,12 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _bytes(self, info: TensorInfo) -> Tensor:
+        """uint8 [nbytes] on the file."""
+        if info.nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return _view_bytes(self._mapping(info.file), info.offset, info.nbytes)
+
     def _mapping(self, path: Path) -> mmap.mmap:
         if self._closed:
             raise CheckpointError(f"{self.label} was closed: open it again to read from it")
@@ -194,7 +191,7 @@ class Checkpoint:
                     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-            last = max(info.offset + info.nbytes for info in self._infos.values() if info.file == path)
+            last = max(info.offset + info.nbytes for info in self._stored.values() if info.file == path)
             if len(mapping) < last:
                 mapping.close()
                 raise CheckpointError(f"{path} became shorter since its header was read; open it again")
@@ -219,6 +216,60 @@ def _view_bytes(mapping: mmap.mmap, offset: int, nbytes: int) -> Tensor:
         return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
+def _small_bytes(info: TensorInfo) -> bytes:
+    """The bytes of a tensor that is read while a checkpoint is opened."""
+    try:
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            return file.read(info.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# decoding
+
+
+def _unit(info: TensorInfo, scale: Tensor | None) -> tuple[int, int]:
+    """(elements, bytes) of what can be decoded by itself: a block, a row with its scale, or one element."""
+    if info.torch_dtype is None:
+        kind = GGML_TYPES[info.dtype]
+        return kind.block, kind.nbytes
+    width = info.numel // max(scale.shape[0], 1) if scale is not None and scale.dim() else 1
+    return max(width, 1), max(width, 1) * info.torch_dtype.itemsize
+
+
+def _pieces(start: int, end: int, unit: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole units that together cover the elements from `start` to `end`."""
+    step = max(elements // unit, 1) * unit
+    first, stop = start - start % unit, -(-end // unit) * unit
+    for begin in range(first, stop, step):
+        yield begin, min(begin + step, stop)
+
+
+def _numbers(stored: Tensor, info: TensorInfo) -> Tensor:
+    """Bytes as the torch type of their tensor, without decoding; a copy where they are not aligned to it."""
+    dtype = info.torch_dtype or torch.uint8
+    return (stored if info.offset % dtype.itemsize == 0 else stored.clone()).view(dtype)
+
+
+def _decode(
+    stored: Tensor, info: TensorInfo, scale: Tensor | None, first: int, device: torch.device
+) -> Tensor:
+    """Flat numbers of a piece's bytes, which begin with unit `first`: float32 if packed, else as stored."""
+    if info.torch_dtype is None:
+        return dequantize(stored.to(device), info.dtype)
+    if not info.packed:
+        return _numbers(stored, info)
+    values = decode_float8(stored.to(device), info.dtype)
+    if scale is None:
+        return values
+    if scale.dim() == 0:
+        return values.mul_(scale.to(device))
+    rows = values.view(-1, info.numel // scale.shape[0])  # [rows of the piece, width]
+    return rows.mul_(scale[first : first + rows.shape[0]].to(device)).view(-1)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # opening
 
@@ -240,23 +291,56 @@ def open_checkpoint(paths: Path | str | Sequence[Path | str]) -> Checkpoint:
             _check_index(index, part_headers)
         files += parts
         headers += part_headers
+    _check_split(files, headers)
     return Checkpoint(files, headers)
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of one file, whose first bytes tell its container. Reads nothing else of it."""
+    _check_file(path)
+    return read_gguf_header(path, GGUF_TYPES) if _is_gguf(path) else read_safetensors_header(path)
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what is not there, and pipes and devices, which could be read for ever."""
+    if not stat.S_ISREG(file_mode(path)):
+        raise CheckpointError(f"{path} is no regular file: give a .safetensors or .gguf file")
+
+
+def file_mode(path: Path) -> int:
+    """`st_mode` of what is at `path`. Raises MissingFileError for nothing, and for what cannot be reached."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, FileNotFoundError):
+            raise MissingFileError(f"{path} does not exist") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MissingFileError(f"{path} cannot be read: {reason}") from error
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False  # the reader of the other container says what is wrong
 
 
 def _resolve(path: Path) -> tuple[Path | None, list[Path]]:
     """(index or None, the files to open) for one path that the user gave."""
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it fails for no name
         found = folder_candidates(path)
         if not found:
-            raise MissingFileError(f"the folder {path} holds no .safetensors file" + _other_weights(path))
+            raise MissingFileError(
+                f"the folder {path} holds no .safetensors or .gguf file" + _other_weights(path)
+            )
         if len(found) > 1:
             names = " and ".join(candidate[0].name for candidate in found)
             raise AmbiguousFileError(f"the folder {path} holds {names}: give the one to load as a file")
         if _shard_number(found[0][0]) is not None:
             return None, _complete(found[0])
         path = found[0][0]
-    if not path.exists():
-        raise MissingFileError(f"{path} does not exist")
+    _check_file(path)
     if INDEX_MARK in path.name and path.suffix == ".json":
         return path, _shards(path)
     return None, [path]
@@ -264,17 +348,24 @@ def _resolve(path: Path) -> tuple[Path | None, list[Path]]:
 
 def folder_candidates(folder: Path) -> list[tuple[Path, ...]]:
     """What in a folder could be the checkpoint: an index, a single file, or shards without an index."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in _listed(folder) if os.path.isfile(path))
     indexes = [path for path in files if INDEX_MARK in path.name and path.suffix == ".json"]
     weights = [path for path in files if path.suffix in SUFFIXES]
-    sets: dict[str, list[Path]] = {}
+    sets: dict[tuple[str, str], list[Path]] = {}  # (name, container) -> shards
     for path in weights:
         number = _shard_number(path)
         if number is not None:
-            sets.setdefault(number[0], []).append(path)
+            sets.setdefault((number[0], path.suffix), []).append(path)
     singles = [path for path in weights if _shard_number(path) is None]
     without_index = [] if indexes else [tuple(shards) for shards in sets.values()]
     return [(path,) for path in indexes + singles] + without_index
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"the folder {folder} cannot be read: {error.strerror or error}") from error
 
 
 def _shard_number(path: Path) -> tuple[str, int, int] | None:
@@ -291,36 +382,58 @@ def _complete(shards: Sequence[Path]) -> list[Path]:
     numbers = {number[1]: path for path in shards if (number := _shard_number(path)) is not None}
     first = _shard_number(shards[0])
     count = first[2] if first else 0
-    missing = [str(i) for i in range(1, count + 1) if i not in numbers]
-    if missing:
-        raise MissingFileError(f"shard {', '.join(missing)} of {count} is missing beside {shards[0]}")
+    missing = [str(i) for i in range(1, min(count, len(numbers) + 3) + 1) if i not in numbers]
+    if missing or len(numbers) != count:
+        listed = ", ".join(missing) or "one"
+        raise MissingFileError(f"shard {listed} of {count} is missing beside {shards[0]}")
     return [numbers[i] for i in sorted(numbers)]
 
 
 def _other_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (*PICKLE_SUFFIXES, ".gguf"))
-    return f"; {names[0]} is of a kind that is not read from a folder" if names else ""
+    names = sorted(path.name for path in _listed(folder) if path.suffix in PICKLE_SUFFIXES)
+    return f"; {names[0]} is a pickle, which is not read" if names else ""
+
+
+def _check_split(files: Sequence[Path], headers: Sequence[Header]) -> None:
+    """A GGUF that was split into parts says in each how many there are: all must be given."""
+    parts = [(path, header.metadata) for path, header in zip(files, headers, strict=True)]
+    split = [
+        (path, metadata) for path, metadata in parts if metadata.get("split.count", "1") not in ("0", "1")
+    ]
+    numbers = {metadata.get("split.no") for _, metadata in split}
+    if split and split[0][1]["split.count"] != str(len(numbers)):
+        path, metadata = split[0]
+        given = f"{len(numbers)} given" if len(numbers) > 1 else "only it was given"
+        raise MissingFileError(
+            f"{path} is one of the {metadata['split.count']} parts of a GGUF, {given}: "
+            "give all of them, or a folder with nothing else"
+        )
 
 
 def _index_map(index: Path) -> dict[str, str]:
     """tensor name -> shard file name, as the index lists them."""
     try:
-        text = index.read_bytes()
+        with index.open("rb") as file:
+            text = file.read(MAX_HEADER + 1)
     except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
-    content = _parse_json(text, index, "shard index")
+        raise CheckpointError(f"{index} cannot be read: {error.strerror or error}") from error
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{index} is larger than {MAX_HEADER} bytes: no shard index is")
+    content = parse_json(text, index, "shard index")
     listed = content.get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
         raise CheckpointError(f"{index} is no shard index: it has no weight_map from tensors to files")
     for shard in listed.values():
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index} names the shard {shard!r}: a file beside the index was expected")
+        if Path(shard).name != shard or shard in ("", ".", "..") or not is_name(shard):
+            raise CheckpointError(
+                f"{index} names the shard {shard[:MAX_NAME]!r}: a file beside the index was expected"
+            )
     return listed
 
 
 def _shards(index: Path) -> list[Path]:
     shards = [index.parent / name for name in sorted(set(_index_map(index).values()))]
-    missing = [path.name for path in shards if not path.is_file()]
+    missing = [path.name for path in shards if not os.path.isfile(path)]
     if missing:
         raise MissingFileError(f"{index} needs {', '.join(missing)} beside it: download it again")
     return shards
@@ -338,112 +451,3 @@ def _check_index(index: Path, headers: Sequence[Header]) -> None:
         if name not in listed:
             found = f"{shard} holds {name!r}, which {index} does not list"
             raise CheckpointError(found + ": the files do not belong together, download them again")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# headers
-
-
-def read_header(path: Path) -> Header:
-    """The checked header of one safetensors file. Reads the header's bytes and nothing else."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise CheckpointError(_not_safetensors(path, start + file.read(56), size))
-            text = file.read(length)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise MissingFileError(f"{path} does not exist") from error
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not text.startswith(b"{"):
-        raise CheckpointError(_not_safetensors(path, start + text[:56], size))
-    content = _parse_json(text, path, "safetensors header")
-    metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: __metadata__ in the header is no table")
-    infos = tuple(_tensor_info(path, name, entry, 8 + length, size) for name, entry in content.items())
-    _check_cover(path, infos, 8 + length, size)
-    return Header(infos, {str(key): str(value) for key, value in metadata.items()})
-
-
-def _not_safetensors(path: Path, head: bytes, size: int) -> str:
-    """One sentence on what a file is that does not begin like safetensors."""
-    length = int.from_bytes(head[:8], "little")
-    if size == 0:
-        return f"{path} is empty: download it again"
-    if head.startswith(b"GGUF"):
-        return f"{path} is a GGUF file, which this release does not read: give a .safetensors file"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) or path.suffix in PICKLE_SUFFIXES:
-        return f"{path} is a pickle, which can run code when it is read: give a .safetensors file"
-    if head.startswith(b"version https://git-lfs"):
-        return f"{path} is a Git LFS pointer, not the weights: run git lfs pull or download the file itself"
-    if not head.strip(b"\0"):
-        return f"{path} begins with zeros: an interrupted download, or no safetensors file; get it again"
-    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        return f"{path} is a text file, not safetensors: it may be an error page saved under that name"
-    if size < 8 or (head[8:9] == b"{" and length > size - 8):
-        return f"{path} is truncated: the header alone has {length} bytes, the file {size}; download it again"
-    return f"{path} is no safetensors file: it does not begin with the length of a JSON header"
-
-
-def _parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: the {what} has {twice!r} twice")
-        return table
-
-    try:
-        content = json.loads(text, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the {what} is no valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: the {what} is no JSON table")
-    return content
-
-
-def _naturals(value: Any, limit: int) -> tuple[int, ...] | None:
-    """`value` as a tuple, if it is a list of at most `limit` whole numbers of 0 or more."""
-    if not isinstance(value, list) or len(value) > limit:
-        return None
-    return tuple(value) if all(type(item) is int and item >= 0 for item in value) else None
-
-
-def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
-    """Checks one entry of the header; `base` is where the tensor data begins in a file of `size` bytes."""
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape = fields.get("dtype"), _naturals(fields.get("shape"), MAX_DIMENSIONS)
-    offsets = _naturals(fields.get("data_offsets"), 2)
-    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"{path}: the header's entry for {name!r} is no dtype, shape and two offsets")
-    if dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise CheckpointError(f"{path}: {name!r} has the unknown type {dtype[:40]!r}; known are {known}")
-    begin, end = offsets
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if end - begin != nbytes:
-        raise CheckpointError(
-            f"{path}: {name!r} of shape {list(shape)} and type {dtype} needs {nbytes} bytes, "
-            f"the header gives it {end - begin}"
-        )
-    if base + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name!r} ends at byte {base + end}, the file has {size}; download it again"
-        )
-    return TensorInfo(name, shape, dtype, nbytes, path, base + begin)
-
-
-def _check_cover(path: Path, infos: Iterable[TensorInfo], base: int, size: int) -> None:
-    """The tensors must tile the data section: no overlap, no hole, nothing behind the last."""
-    position, before = base, "the header"
-    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
-        if info.offset != position:
-            what = "overlaps" if info.offset < position else "leaves a hole behind"
-            raise CheckpointError(f"{path}: {info.name!r} {what} {before}: the header lies about offsets")
-        position, before = info.offset + info.nbytes, repr(info.name)
-    if position != size:
-        raise CheckpointError(f"{path}: {size - position} bytes follow the last tensor: the file is damaged")

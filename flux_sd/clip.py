@@ -7,7 +7,7 @@ Diffusion uses the hidden states of this and of the wider OpenCLIP encoders, hen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +39,16 @@ class ClipTextConfig:
         return cls(49408, 768, 3072, 12, 12, "quick_gelu")
 
     @classmethod
+    def open_clip_h(cls) -> ClipTextConfig:
+        """The text encoder of Stable Diffusion 2.1: OpenCLIP ViT-H/14 without its last layer."""
+        return cls(49408, 1024, 4096, 23, 16, "gelu")
+
+    @classmethod
+    def open_clip_bigg(cls) -> ClipTextConfig:
+        """SDXL's second encoder: OpenCLIP ViT-bigG/14."""
+        return cls(49408, 1280, 5120, 32, 20, "gelu", projection_dim=1280)
+
+    @classmethod
     def tiny_flux(cls) -> ClipTextConfig:
         """The embedded model's."""
         return cls(1024, 256, 512, 2, 4, "quick_gelu")
@@ -47,6 +57,12 @@ class ClipTextConfig:
     def tiny(cls, activation: Activation = "quick_gelu", projection_dim: int | None = None) -> ClipTextConfig:
         """For tests: the sizes of the golden cases."""
         return cls(512, 64, 256, 3, 4, activation, projection_dim=projection_dim)
+
+    def with_gelu(self, form: Literal["erf", "tanh"]) -> ClipTextConfig:
+        """This encoder with its GELU exact (OpenCLIP) or by tanh (Candle). quick_gelu stays what it is."""
+        if self.activation == "quick_gelu":
+            return self
+        return replace(self, activation="gelu" if form == "erf" else "gelu_tanh")
 
 
 class ClipOutput(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .errors import DeviceError, NotEnoughMemoryError
+from .quantized import SCRATCH
 
 DTYPES = {
     "float32": torch.float32, "f32": torch.float32, "fp32": torch.float32,
@@ -42,6 +43,16 @@ class StageNeed:
     stored_bytes: int  # as on disk
     activations: int  # bytes in float32
     widens: bool = True  # whether its weights can stay as stored: those of convolutions cannot
+    packed: int = 0  # of the parameters, how many stay packed
+    packed_bytes: int = 0  # and what these take
+    unpacks: bool = False  # packed weights are decoded at load because that was asked for
+
+    def weight_bytes(self, dtype: torch.dtype, stored: bool = False) -> int:
+        """What its weights take in memory: `stored` as the file has them, else what is not packed in
+        `dtype`."""
+        if stored:
+            return self.stored_bytes
+        return (self.parameters - self.packed) * dtype.itemsize + self.packed_bytes
 
 
 def choose_device(name: str) -> torch.device:
@@ -97,18 +108,20 @@ def place(
     once. Raises NotEnoughMemoryError naming stage and sizes.
     """
     available = available_memory(device)
-    weights = {need.role: need.parameters * dtype.itemsize for need in needs}
+    weights = {need.role: need.weight_bytes(dtype) for need in needs}
     stored: list[StageNeed] = []
     for stage in [needs] if together else [[need] for need in needs]:
         activations = max(need.activations for need in stage) * dtype.itemsize // 4 + OVERHEAD
+        activations += SCRATCH if any(need.packed for need in stage) else 0
         while (wanted := sum(weights[need.role] for need in stage) + activations) > available:
             smaller = [need for need in stage if need.widens and need.stored_bytes < weights[need.role]]
             largest = max(smaller or stage, key=lambda need: weights[need.role])
             if not (automatic and smaller):
-                raise NotEnoughMemoryError(_too_large(largest, wanted, available, bool(smaller)))
+                rest = wanted - weights[largest.role]
+                raise NotEnoughMemoryError(_too_large(largest, wanted, rest, available, bool(smaller)))
             weights[largest.role] = largest.stored_bytes
             stored.append(largest)
-    notes = tuple(_kept_note(need, need.parameters * dtype.itemsize) for need in stored)
+    notes = tuple(_kept_note(need, need.weight_bytes(dtype)) for need in stored)
     return Placement(device, dtype, frozenset(need.role for need in stored), notes)
 
 
@@ -119,21 +132,27 @@ def _kept_note(need: StageNeed, full: int) -> str:
     )
 
 
+def size_text(nbytes: int) -> str:
+    """ "6.8 GB", or "10.3 MB" for what is small."""
+    return f"{nbytes / GB:.1f} GB" if nbytes >= 0.1 * GB else f"{nbytes / 1e6:.1f} MB"
+
+
 # Bytes a weight of the usual quantised files, largest first.
 GGUF_TYPES = {"Q8_0": 34 / 32, "Q5_K": 176 / 256, "Q4_K": 144 / 256, "Q3_K": 110 / 256, "Q2_K": 84 / 256}
 
 
-def _too_large(need: StageNeed, wanted: int, available: int, stored_is_smaller: bool) -> str:
-    """Names what would fit: an automatic dtype, a smaller picture, or a quantised file."""
-    others = wanted - need.parameters  # of a type with one byte a weight, roughly; the rest of the stage
-    room = available - max(0, min(others, need.activations + OVERHEAD))
-    fitting = [name for name, size in GGUF_TYPES.items() if need.parameters * size <= room]
+def _too_large(need: StageNeed, wanted: int, rest: int, available: int, stored_is_smaller: bool) -> str:
+    """Names what would fit: an automatic dtype, a smaller picture, or a file of a smaller type. `rest` is
+    what the stage needs beside the weights of `need`."""
+    sizes = {name: int(need.parameters * size) for name, size in GGUF_TYPES.items()}
+    fitting = [name for name, size in sizes.items() if size + rest <= available]
     advice = ["free some, ask for a smaller picture or use another machine"]
-    if stored_is_smaller:
+    if need.unpacks:
+        advice.append("leave packed weights packed (--decode on-use)")
+    elif stored_is_smaller:
         advice.append("leave the dtype to be chosen, so that weights can stay as stored")
     if fitting and need.widens:
-        size = need.parameters * GGUF_TYPES[fitting[0]] / GB
-        advice.append(f"a {fitting[0]} GGUF ({size:.1f} GB) would fit, once GGUF files can be read")
+        advice.append(f"a {fitting[0]} GGUF ({sizes[fitting[0]] / GB:.1f} GB) would fit")
     return (
         f"the {need.role} stage needs {wanted / GB:.1f} GB of memory, {available / GB:.1f} GB are available: "
         + "; ".join(advice)

@@ -75,7 +75,9 @@ def plan_flux(info: VersionInfo, request: GenerationRequest, numerics: Numerics)
     )
     if request.guidance is not None and info.guidance is None:
         raise RequestError(f"guidance is not used by {info.key}: leave it out")
-    guidance = info.guidance if request.guidance is None else request.guidance
+    guidance = request.guidance
+    if guidance is None and info.guidance is not None:
+        guidance = info.guidance if numerics.guidance is None else numerics.guidance
     own_length = info.t5_length or MAX_T5_LENGTH
     t5_length = _or(request.t5_length, min(own_length, numerics.t5_length or own_length))
     plan = FluxPlan(
@@ -163,6 +165,7 @@ class FluxRun:
         clip = parts.clip_tokenizer.encode(plan.prompt, CLIP_LENGTH)
         t5 = parts.t5_tokenizer.encode(plan.prompt, plan.t5_length, parts.numerics.t5_keep_end_token)
         self._report_cut(clip, t5)
+        self._record({"clip.ids": torch.tensor([clip.ids]), "t5.ids": torch.tensor([t5.ids])})
         key = (plan.prompt, plan.t5_length)
         if key not in parts.texts:
             vec = self._encode_with("clip", clip.ids, lambda output: output.pooled)
@@ -174,8 +177,7 @@ class FluxRun:
                 parts.texts.popitem(last=False)
         parts.texts.move_to_end(key)
         text = parts.texts[key]
-        ids = {"clip.ids": torch.tensor([clip.ids]), "t5.ids": torch.tensor([t5.ids])}
-        self._record({**ids, "clip.pooled": text.vec, "t5.hidden": text.txt})
+        self._record({"clip.pooled": text.vec, "t5.hidden": text.txt})
         return text
 
     def _report_cut(self, clip: EncodedPrompt, t5: EncodedPrompt) -> None:
@@ -204,21 +206,23 @@ class FluxRun:
         plan = self.plan
         transformer = self._network("transformer")
         noise = self._noise(first, min(self.images_at_once, plan.batch - first))
-        state = State.new(
-            text.txt.to(self.device, self.dtype), text.vec.to(self.device, self.dtype), noise.to(self.device)
-        )
+        txt, vec = text.txt.to(self.device, self.dtype), text.vec.to(self.device, self.dtype)
+        latents_dtype = self.components.numerics.latents_dtype
+        carried = self.dtype if latents_dtype == "model" else torch.float32
+        state = State.new(txt, vec, noise.to(self.device, carried))
         times = get_schedule(plan.steps, plan.image_tokens if self.info.shift else None)
         self._record(
             {"noise": noise, "packed": state.img, "timesteps": torch.tensor(times, dtype=torch.float64)}
         )
         before = state.img
-        loop = denoise(transformer, state, times, plan.guidance)
+        loop = denoise(transformer, state, times, plan.guidance, latents_dtype)
         for index in range(plan.steps):
             start = time.perf_counter()
+            self._record({f"step.{index}.latents": before})
             with cancellable(transformer, self.cancel):
                 flow = next(loop)
             check_finite(flow.img, "the transformer", self.dtype, flow.index + 1)  # waits for a GPU to finish
-            self._record({f"step.{index}.latents": before, f"step.{index}.velocity": flow.velocity})
+            self._record({f"step.{index}.velocity": flow.velocity})
             before = flow.img
             yield self._finished(flow, first, time.perf_counter() - start)
 
@@ -266,11 +270,12 @@ class FluxRun:
 
     def results(self, latents: Tensor, pictures: Tensor) -> list[Result]:
         """One Result per image, each with its own seed."""
-        files = self.components.describe_files()
+        files, weights = self.components.describe_files(), self.components.describe_weights()
         results = []
         for index, picture in enumerate(pictures):
             record = self.metadata(index)
             record["files"] = files
+            record["weights"] = weights
             pixels = image.to_picture(picture, self.components.numerics.to_bytes)
             noise = self._noise(index, 1)[0]
             results.append(
@@ -296,6 +301,7 @@ class FluxRun:
             "device": self.device.type,
             "dtype": dtype_name(placement.dtype),
             "stored_dtype_kept": sorted(placement.stored),
+            "quantized": self.components.options.quantized,
             "versions": {
                 "flux_sd": __version__,
                 "torch": torch.__version__,
@@ -326,8 +332,9 @@ def generate_flux(
     run = FluxRun(components, request, on_event, cancel, tap)
     finished = [step.latents for step in run.steps() if step.index + 1 == step.total]
     latents = torch.cat(finished).float().cpu()  # [batch,16,H/8,W/8]
+    run._record({"latents": latents})
     pictures = run.decode(latents)
-    run._record({"latents": latents, "image": pictures})
+    run._record({"image": pictures})
     results = run.results(latents, pictures)
     if on_event is not None:
         on_event(Complete(results))

@@ -1,5 +1,4 @@
-"""From files on disk to FLUX networks: find the files, check all of them, load each when its stage comes.
-Floor 6.
+"""From files on disk to FLUX networks: check all of them, load each when its stage comes. Floor 6.
 
 Mirrors the Rust worker's `flux_loader.rs`. Nothing is read but headers until a stage asks for its network.
 """
@@ -7,11 +6,12 @@ Mirrors the Rust worker's `flux_loader.rs`. Nothing is read but headers until a 
 from __future__ import annotations
 
 import hashlib
-import shlex
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,100 +19,35 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import open_checkpoint
 from .clip import ClipTextEncoder
-from .device import Placement, StageNeed, place
-from .errors import AmbiguousFileError, MissingFileError
+from .device import Placement, StageNeed, place, size_text
+from .errors import MissingFileError
+from .flux_files import MAPS, TOKENIZERS, FluxFiles, check_roles
 from .flux_mmdit import Flux
-from .load_plan import fill, plan_load
+from .load_plan import Decode, LoadPlan, fill, keep_stored, plan_load, staying
 from .numerics import Numerics, reference
-from .quantized import keep_stored
 from .request import CancelToken, Progress
 from .steps import OnEvent
 from .t5 import T5Encoder
 from .text import ClipTokenizer, T5Tokenizer
 from .versions import FluxConfigs, VersionInfo
+from .weight_map import identify
 
-# Order of the stages. Values: the name of the maps (weights_maps/<name>.*.toml).
-MAPS = {"clip": "clip", "t5": "t5", "transformer": "flux_mmdit", "vae": "autoencoder"}
-# Where each role lies in the layouts people have, as patterns under the model's folder.
-PLACES = {
-    "transformer": ("transformer", "flux1-*.safetensors", "flux1-*.gguf"),
-    "vae": ("vae", "ae.safetensors"),
-    "clip": ("text_encoder", "clip_l*.safetensors"),
-    "t5": ("text_encoder_2", "t5xxl*.safetensors", "t5xxl*.gguf"),
-}
-TOKENIZERS = {"clip": "tokenizer", "t5": "tokenizer_2"}
+Watcher = Callable[[str, nn.Module], None]  # role, network
 
 
-@dataclass(frozen=True)
-class FluxFiles:
-    """One file or folder per role."""
+class LoadOptions(NamedTuple):
+    """How the components of a model are loaded and kept."""
 
-    transformer: Path
-    vae: Path
-    clip: Path
-    t5: Path
-    clip_tokenizer: Path
-    t5_tokenizer: Path
+    keep_loaded: bool = False  # networks stay in memory when their stage is over
+    automatic: bool = False  # nobody asked for the dtype, so weights may stay as stored where they must
+    decode: Decode = "on_use"  # when packed weights are decoded
+    fill_from: str | Path | None = None  # a file with the tensors that others lack
+    quantized: bool = False  # the version's own quantised transformer was asked for
 
 
-def find_files(
-    folder: Path | None, given: Mapping[str, Path], more_tokenizers: Iterable[Path] = ()
-) -> FluxFiles:
-    """The files of a model: those `given` by role (a key of FluxFiles), the rest from `folder`.
-
-    `folder` is a diffusers folder, a BFL folder (flux1-*.safetensors, ae.safetensors and the encoders'
-    folders or flat files), and may be None if every role is given. Tokenizers may also lie beside the
-    encoder's file or in one of `more_tokenizers`. Raises MissingFileError naming role and accepted names,
-    AmbiguousFileError naming both.
-    """
-    if folder is not None and not folder.is_dir():
-        raise MissingFileError(f"{str(folder)!r} is not a folder: --path takes the folder of a model")
-    for role, path in given.items():
-        if not path.exists():
-            raise MissingFileError(f"{role}: {str(path)!r} does not exist")
-    found = {role: given.get(role) or _search(role, folder) for role in PLACES}
-    for role, name in TOKENIZERS.items():
-        key = f"{role}_tokenizer"
-        own = found[role]
-        around = [own.parent, own.parent.parent] if own.is_file() else [own.parent]
-        homes = [*([folder] if folder else []), *around, *more_tokenizers]
-        found[key] = given.get(key) or _first_tokenizer(role, name, homes)
-    return FluxFiles(**found)
-
-
-def _search(role: str, folder: Path | None) -> Path:
-    wanted = " or ".join(PLACES[role])
-    if folder is None:
-        raise MissingFileError(
-            f"no file for the {role}: give --{role} FILE, or --path FOLDER that holds {wanted}"
-        )
-    matches = [path for pattern in PLACES[role] for path in sorted(folder.glob(pattern))]
-    if len(matches) > 1:
-        names = " and ".join(path.name for path in matches)
-        raise AmbiguousFileError(
-            f"{str(folder)!r} holds {names} for the {role}: choose one, such as "
-            f"--{role} {shlex.quote(str(matches[0]))}"
-        )
-    if not matches:
-        raise MissingFileError(
-            f"{str(folder)!r} holds no {role}: expected {wanted} there, or give --{role} FILE"
-        )
-    return matches[0]
-
-
-def _first_tokenizer(role: str, name: str, homes: Iterable[Path]) -> Path:
-    for home in homes:
-        if (home / name).is_dir():
-            return home / name
-    kinds = (
-        "vocab.json + merges.txt or tokenizer.json" if role == "clip" else "spiece.model or tokenizer.json"
-    )
-    raise MissingFileError(
-        f"no tokenizer for the {role} encoder: expected a folder {name}/ with {kinds}, as in the released "
-        "repository, beside the model or its encoder"
-    )
+LOAD_OPTIONS = LoadOptions()
 
 
 class EncodedText(NamedTuple):
@@ -130,21 +65,22 @@ class FluxComponents:
         self,
         info: VersionInfo,
         files: FluxFiles,
-        checkpoints: dict[str, Checkpoint],
+        plans: Mapping[str, LoadPlan],
         needs: Mapping[str, StageNeed],
         placement: Placement,
         numerics: Numerics,
-        keep_loaded: bool,
+        options: LoadOptions,
     ) -> None:
         self.info, self.files, self.placement, self.numerics = info, files, placement, numerics
-        self.keep_loaded = keep_loaded
-        self._checkpoints, self._needs = checkpoints, needs
-        self._files = {role: [describe_file(path) for path in c.files] for role, c in checkpoints.items()}
+        self.options = options
+        self._plans, self._needs = plans, needs
+        self._files = {role: [describe_file(path) for path in plan.files] for role, plan in plans.items()}
         for role in TOKENIZERS:
             folder = getattr(files, f"{role}_tokenizer")
             parts = sorted(folder.iterdir()) if folder.is_dir() else [folder]
             self._files[f"{role}_tokenizer"] = [describe_file(path) for path in parts if path.is_file()]
         self._networks: dict[str, nn.Module] = {}
+        self.watchers: list[Watcher] = []  # told of each network that was loaded
         self.texts: OrderedDict[tuple[str, int], EncodedText] = OrderedDict()  # by prompt and T5 length
         self.clip_tokenizer = ClipTokenizer.load(files.clip_tokenizer)
         self.t5_tokenizer = T5Tokenizer.load(files.t5_tokenizer)
@@ -157,27 +93,22 @@ class FluxComponents:
         device: torch.device,
         dtype: torch.dtype,
         numerics: Numerics,
-        keep_loaded: bool = False,
-        automatic: bool = False,
+        options: LoadOptions = LOAD_OPTIONS,
     ) -> FluxComponents:
         """Opens every file and checks names, shapes and memory from the headers alone; loads no weight yet.
 
-        automatic: `dtype` was not asked for, so weights may stay in their stored dtype where they would not
-        fit. Raises CheckpointError, WeightMapError (with every problem), TokenizerError,
-        NotEnoughMemoryError.
+        Raises CheckpointError, WeightMapError (with every problem), TokenizerError, NotEnoughMemoryError.
         """
-        checkpoints: dict[str, Checkpoint] = {}
-        try:
-            for role in MAPS:
-                checkpoints[role] = open_checkpoint(getattr(files, role))
-                plan_load(MAPS[role], build(role, info, numerics), config_of(role, info), checkpoints[role])
-            needs = {role: need(role, info, checkpoints[role].total_bytes) for role in MAPS}
-            placement = place(list(needs.values()), device, dtype, automatic, together=keep_loaded)
-            return cls(info, files, checkpoints, needs, placement, numerics, keep_loaded)
-        except BaseException:
-            for checkpoint in checkpoints.values():
-                checkpoint.close()
-            raise
+        with ExitStack() as opened:
+            plans = _plan_all(info, files, numerics, options.fill_from, opened)
+            needs = {role: need(role, info, plans[role], dtype, options.decode) for role in MAPS}
+            every = list(needs.values())
+            placement = place(every, device, dtype, options.automatic, together=options.keep_loaded)
+            notes = (*placement.notes, *_filled_notes(plans), *_decoded_notes(plans, needs, dtype))
+            placement = replace(placement, notes=notes)
+            made = cls(info, files, plans, needs, placement, numerics, options)
+            opened.pop_all()  # from here on they are closed by `close`
+            return made
 
     @torch.inference_mode(False)  # parameters that a later in-place change may touch
     def network(self, role: str, on_event: OnEvent | None = None, cancel: CancelToken | None = None) -> Any:
@@ -187,40 +118,55 @@ class FluxComponents:
         Raises Cancelled between two tensors; then nothing of it stays.
         """
         if role not in self._networks:
-            module = build(role, self.info, self.numerics)
-            stored = keep_stored(module, self.placement.dtype) if role in self.placement.stored else set()
-            checkpoint = self._checkpoints[role]
-            plan = plan_load(MAPS[role], module, config_of(role, self.info), checkpoint)
-            fill(
-                module,
-                plan,
-                dtype=self.placement.dtype,
-                device=self.placement.device,
-                keep_stored=stored.__contains__,
-                on_tensor=_loading(role, on_event, cancel),
-            )
-            checkpoint.release()
+            module, plan = build(role, self.info, self.numerics), self._plans[role]
+            dtype = self.placement.dtype
+            keep_stored(module, plan, dtype, everything=role in self.placement.stored)
+            on_tensor = _loading(role, on_event, cancel)
+            fill(module, plan, dtype, self.placement.device, self.options.decode, on_tensor)
+            plan.release()
             self._networks[role] = module.eval()
+            for watcher in self.watchers:
+                watcher(role, module)
         return self._networks[role]
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """While open, `watcher` is shown each network with its role, before it runs for the first time.
+
+        Encoded prompts are forgotten: the encoders run again, and are seen.
+        """
+        self.texts.clear()
+        for role, module in self._networks.items():
+            watcher(role, module)
+        self.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self.watchers.remove(watcher)
 
     def check_room(self, width: int, height: int, images: int, t5_length: int) -> None:
         """Raises NotEnoughMemoryError if a request of this size would not fit beside what is loaded."""
         needs = []
-        for role in MAPS:
-            wanted = self._needs[role]
+        for role, wanted in self._needs.items():
             activations = images * _activations(role, self.info, width * height, t5_length)
-            parameters = 0 if role in self._networks else wanted.parameters
-            stored = role in self.placement.stored
-            if stored and parameters:  # counted as it lies in memory
-                parameters = wanted.stored_bytes // self.placement.dtype.itemsize
-            needs.append(replace(wanted, parameters=parameters, activations=activations))
-        place(needs, self.placement.device, self.placement.dtype, False, together=self.keep_loaded)
+            needs.append(replace(self._still_needed(role, wanted), activations=activations))
+        place(needs, self.placement.device, self.placement.dtype, False, together=self.options.keep_loaded)
+
+    def _still_needed(self, role: str, wanted: StageNeed) -> StageNeed:
+        """What is not in memory yet, counted as it will lie there."""
+        if role in self._networks:
+            return replace(wanted, parameters=0, stored_bytes=0, packed=0, packed_bytes=0)
+        if role in self.placement.stored:
+            return replace(wanted, packed=wanted.parameters, packed_bytes=wanted.stored_bytes)
+        return wanted
 
     def free(self, *roles: str) -> None:
-        """Lets the networks of `roles` go, unless everything is to stay loaded."""
-        if not self.keep_loaded:
+        """Lets the networks of `roles` go, unless everything is to stay loaded; and with them the pages of
+        their files."""
+        if not self.options.keep_loaded:
             for role in roles:
                 self._networks.pop(role, None)
+                self._plans[role].release()
             empty_cache(self.placement.device)
 
     @property
@@ -232,13 +178,24 @@ class FluxComponents:
         """By role: name, bytes and fingerprint of each file as it was opened, without its path."""
         return self._files
 
+    def describe_weights(self) -> dict[str, dict[str, Any]]:
+        """By role: stored types with the number of tensors, bytes on disk, bytes in memory while its stage
+        runs, and the parameters that came from `fill_from`."""
+        table = {}
+        for role, plan in self._plans.items():
+            held = self._needs[role].weight_bytes(self.placement.dtype, role in self.placement.stored)
+            table[role] = {"types": plan.stored_dtypes, "stored": plan.stored_bytes, "memory": held}
+            if plan.filled:
+                table[role]["filled"] = list(plan.filled)
+        return table
+
     def close(self) -> None:
         """Lets everything go."""
         self._networks.clear()
         self.texts.clear()
         empty_cache(self.placement.device)
-        for checkpoint in self._checkpoints.values():
-            checkpoint.close()
+        for plan in self._plans.values():
+            plan.close()
 
 
 def empty_cache(device: torch.device) -> None:
@@ -274,17 +231,83 @@ def build(role: str, info: VersionInfo, numerics: Numerics) -> nn.Module:
     with torch.device("meta"):
         if role == "transformer":
             return Flux(replace(config, rope_dtype=numerics.rope_dtype))
-        return {"t5": T5Encoder, "clip": ClipTextEncoder, "vae": AutoEncoder}[role](config)
+        if role == "clip":
+            return ClipTextEncoder(config.with_gelu(numerics.clip_gelu))
+        return {"t5": T5Encoder, "vae": AutoEncoder}[role](config)
 
 
-def need(role: str, info: VersionInfo, stored_bytes: int | None = None) -> StageNeed:
-    """What one stage asks of the memory at the version's default size; stored_bytes None: 2 bytes a
-    parameter."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(role, info, reference()).parameters())
-    stored = 2 * parameters if stored_bytes is None else stored_bytes
+def need(
+    role: str,
+    info: VersionInfo,
+    plan: LoadPlan | None = None,
+    dtype: torch.dtype = torch.float32,
+    decode: Decode = "on_use",
+) -> StageNeed:
+    """What one stage asks of the memory at the version's default size; without a plan, of a file with 2 bytes
+    a parameter."""
+    module = build(role, info, reference())
+    parameters = sum(p.numel() for p in module.parameters())
     activations = _activations(role, info, info.width * info.height, info.t5_length or 0)
-    return StageNeed(role, parameters, stored, activations, widens=role != "vae")
+    if plan is None:
+        return StageNeed(role, parameters, 2 * parameters, activations, widens=role != "vae")
+    packed = staying(module, plan, dtype)
+    unpacks = decode == "on_load" and bool(packed)
+    return StageNeed(
+        role,
+        parameters,
+        plan.stored_bytes,
+        activations,
+        widens=role != "vae" and not unpacks,
+        packed=0 if unpacks else sum(math.prod(parameter.shape) for parameter in packed),
+        packed_bytes=0 if unpacks else sum(plan.bytes_of(parameter) for parameter in packed),
+        unpacks=unpacks,
+    )
+
+
+def _plan_all(
+    info: VersionInfo, files: FluxFiles, numerics: Numerics, fill_from: str | Path | None, opened: ExitStack
+) -> dict[str, LoadPlan]:
+    """A plan for each role. A file of several roles is opened once; `opened` closes all after a failure."""
+    paths = dict.fromkeys(getattr(files, role) for role in MAPS)
+    checkpoints = {path: opened.enter_context(open_checkpoint(path)) for path in paths}
+    base = None if fill_from is None else opened.enter_context(open_checkpoint(fill_from))
+    held = set() if base is None else {hit.map.component for hit in identify(base.infos.keys())}
+    if base is not None and not held & set(MAPS.values()):
+        found = f"{base.label} holds no component of a FLUX model, so nothing can be filled from it"
+        raise MissingFileError(found + ": give a file of the same component")
+    check_roles(info, {role: checkpoints[getattr(files, role)] for role in MAPS}, complete=base is None)
+    plans = {}
+    for role, component in MAPS.items():
+        module, config = build(role, info, numerics), config_of(role, info)
+        spare = base if component in held else None
+        plans[role] = plan_load(component, module, config, checkpoints[getattr(files, role)], spare)
+    return plans
+
+
+def _filled_notes(plans: Mapping[str, LoadPlan]) -> Iterator[str]:
+    for role, plan in plans.items():
+        if plan.filled and plan.base is not None:
+            first, *more = plan.filled
+            count = f"{first} and {len(more)} more" if more else first
+            lacking, giving = plan.checkpoint.files[0].name, plan.base.files[0].name
+            yield f"{role}: {lacking} lacks {count}; taken from {giving}"
+    bases = [plan.base for plan in plans.values() if plan.base is not None]
+    if bases and not any(plan.filled for plan in plans.values()):
+        yield f"no file lacked a tensor, so nothing was taken from {bases[0].files[0].name}"
+
+
+def _decoded_notes(
+    plans: Mapping[str, LoadPlan], needs: Mapping[str, StageNeed], dtype: torch.dtype
+) -> Iterator[str]:
+    """What takes more room in memory than on disk although its type is packed."""
+    for role, wanted in needs.items():
+        plan = plans[role]
+        decoded = plan.packed_bytes - wanted.packed_bytes
+        if decoded > 0.01 * plan.stored_bytes:
+            why = "as asked" if wanted.unpacks else "as only linears and embeddings can stay packed"
+            disk, memory = size_text(plan.stored_bytes), size_text(wanted.weight_bytes(dtype))
+            found = f"{role}: {size_text(decoded)} of packed weights are decoded at load, {why}"
+            yield f"{found}: {disk} on disk, {memory} in memory"
 
 
 def _activations(role: str, info: VersionInfo, pixels: int, t5_length: int) -> int:
@@ -318,8 +341,3 @@ def describe_file(path: Path) -> dict[str, Any]:
             file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return {"name": path.name, "bytes": size, "fingerprint": digest.hexdigest()[:32]}
-
-
-def role_names() -> list[str]:
-    """The roles that a user may give a file for."""
-    return [field.name for field in fields(FluxFiles)]

@@ -148,7 +148,7 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], None], overwrite: b
     path = Path(path)
     draft = path.parent / f".flux_sd.{secrets.token_hex(8)}.part"
     try:
-        with draft.open("xb") as file:
+        with draft.open("x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

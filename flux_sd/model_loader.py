@@ -5,7 +5,8 @@ Mirrors the Rust worker's `model_loader.rs`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from importlib.resources import files as package_files
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +17,14 @@ from torch import nn
 
 from . import image
 from . import numerics as presets
+from .checkpoint import open_checkpoint
 from .device import choose_device, choose_dtype
 from .errors import MissingFileError, NotBuiltError, RequestError
+from .flux_files import MAPS, FluxFiles, check_exists, check_roles, find_files
 from .flux_generation import FluxRun, Tap, generate_flux, plan_flux
-from .flux_loader import MAPS, FluxComponents, FluxFiles, build, config_of, find_files
+from .flux_loader import FluxComponents, LoadOptions, Watcher, build, config_of
 from .hub import cached, fetch, role_paths
+from .load_plan import DECODES, Decode
 from .numerics import Numerics
 from .request import CancelToken, GenerationRequest, Progress, Result, Step
 from .steps import OnEvent
@@ -29,6 +33,7 @@ from .versions import SDVersion, VersionInfo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+QUANTIZED = "transformer-Q8_0.gguf"  # of an embedded version, in its folder
 EMBEDDED = "models"  # folder inside the package; one folder per embedded version, dashes as underscores
 
 
@@ -66,6 +71,10 @@ class LoadedModel(Protocol):
 
     def decode(self, latents: torch.Tensor) -> list[Image]:
         """Latents [B, C, H/8, W/8], such as a step's, to pictures (PIL)."""
+        ...
+
+    def watch(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """While open, `watcher(role, network)` is shown each network before it runs: where hooks go on."""
         ...
 
     def close(self) -> None:
@@ -122,6 +131,10 @@ class FluxModel:
         pictures = FluxRun(self.components, request).decode(latents.float())
         return [image.to_picture(picture, self.components.numerics.to_bytes) for picture in pictures]
 
+    def watch(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """See LoadedModel."""
+        return self.components.watch(watcher)
+
     def close(self) -> None:
         """See LoadedModel."""
         self.components.close()
@@ -149,6 +162,9 @@ def load_model(
     dtype: str = "auto",
     numerics: str | Numerics = "reference",
     keep_loaded: bool = False,
+    decode: str = "on_use",
+    fill_from: str | Path | None = None,
+    quantized: bool = False,
     offline: bool = False,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
@@ -157,23 +173,22 @@ def load_model(
 ) -> LoadedModel:
     """A model ready to paint: files found (or fetched), every name, shape and size checked.
 
-    version: any spelling SDVersion.parse takes; None is the embedded tiny-flux. path: a model's folder,
-    diffusers or BFL layout. transformer, t5, clip, vae: single files or folders, in place of those of `path`.
-    keep_loaded: networks stay in memory between stages and requests (for servers). Weights are read when a
-    stage needs them. Raises a subclass of FluxSdError that says what is wrong with which file.
+    version: any spelling SDVersion.parse takes; None is the embedded tiny-flux. path: a model's folder, or a
+    file with several components. transformer, t5, clip, vae: files or folders in place of those of `path` or,
+    without one, of the version's released files. keep_loaded: networks stay between requests. decode: packed
+    weights are decoded "on_use" or "on_load", for the same picture. fill_from: gives an incomplete file what
+    it lacks. quantized: the model's own quantised transformer. Raises a FluxSdError that says what is wrong
+    with which file.
     """
-    own_files = {
-        "path": path, "transformer": transformer, "t5": t5, "clip": clip, "vae": vae,
-        "clip_tokenizer": clip_tokenizer, "t5_tokenizer": t5_tokenizer,
-    }  # fmt: skip
-    given = {role: Path(file) for role, file in own_files.items() if file is not None}
-    chosen = resolve_version(version, own_files=bool(given))
-    info, where = _built(chosen), choose_device(device)
-    found = _local_files(info, given, cache_dir) if given else None
-    found = found or _own_files(info, offline, cache_dir, endpoint, cancel, on_event)
+    own = {"path": path, "transformer": transformer, "t5": t5, "clip": clip, "vae": vae}
+    own |= {"clip_tokenizer": clip_tokenizer, "t5_tokenizer": t5_tokenizer}
+    given = {role: Path(file) for role, file in own.items() if file is not None}
+    chosen, hub = resolve_version(version, bool(given)), Hub(offline, cache_dir, endpoint, cancel, on_event)
+    info, where, mode = _built(chosen), choose_device(device), _decode_mode(decode)
+    found = _quantized_files(info, given) if quantized else _files(info, given, hub)
     kind, automatic = choose_dtype(dtype, where, info.auto_dtype), dtype == "auto" and info.auto_dtype is None
-    parts = FluxComponents.load(info, found, where, kind, _preset(numerics), keep_loaded, automatic)
-    return FluxModel(chosen, parts)
+    options = LoadOptions(keep_loaded, automatic, mode, fill_from, quantized)
+    return FluxModel(chosen, FluxComponents.load(info, found, where, kind, _preset(numerics), options))
 
 
 def check_request(
@@ -207,40 +222,77 @@ def _built(version: SDVersion) -> VersionInfo:
     return info
 
 
-def _local_files(info: VersionInfo, given: dict[str, Path], cache_dir: str | Path | None) -> FluxFiles:
-    """Files of the user's, by role, and a folder ("path") for the rest; tokenizers may come from the cached
-    repository, whose vocabulary is the same."""
-    folder = given.pop("path", None)
-    spare = []
-    if info.repo is not None:
-        for role in ("clip_tokenizer", "t5_tokenizer"):
-            snapshot = cached(info.repo, {role: info.hub_files[role]}, cache_dir)
-            spare += [] if snapshot is None else [snapshot]
-    return find_files(folder, given, spare)
+class Hub(NamedTuple):
+    """How released files are found: see `hub.fetch`."""
+
+    offline: bool
+    cache_dir: str | Path | None
+    endpoint: str | None
+    cancel: CancelToken | None
+    on_event: OnEvent | None
+
+    def report(self, done: int, total: int) -> None:
+        """Bytes that are here, of how many."""
+        if self.on_event is not None:
+            self.on_event(Progress("download", done, total))
 
 
-def _own_files(
-    info: VersionInfo,
-    offline: bool,
-    cache_dir: str | Path | None,
-    endpoint: str | None,
-    cancel: CancelToken | None,
-    on_event: OnEvent | None,
-) -> FluxFiles:
-    """The version's released files: inside this package, in the hub's cache, or from the hub."""
+def _decode_mode(name: str) -> Decode:
+    for mode in DECODES:
+        if name == mode:
+            return mode
+    raise RequestError(f"decode {name!r} is unknown: choose {' or '.join(DECODES)}")
+
+
+def _files(info: VersionInfo, given: Mapping[str, Path], hub: Hub) -> FluxFiles:
+    """Files of the user's by role, with a folder or file ("path") for the rest; without one, the rest are the
+    version's released files: inside this package, in the hub's cache, or from the hub."""
+    own = {role: path for role, path in given.items() if role != "path"}
+    if "path" in given or (own and own.keys() >= MAPS.keys()):
+        return find_files(given.get("path"), own, _cached_tokenizers(info, hub))
     if info.repo is None:
-        folder = embedded_folder(info)
-        return find_files(folder, {})
-
-    def progress(done: int, total: int) -> None:
-        if on_event is not None:
-            on_event(Progress("download", done, total))
-
+        return find_files(embedded_folder(info), own)
+    _check_own(info, own)
+    lacking = {role: files for role, files in info.hub_files.items() if role not in own}
     snapshot = fetch(
-        info.repo, info.hub_files, offline=offline, cancel=cancel, on_progress=progress,
-        endpoint=endpoint, cache_dir=cache_dir,
+        info.repo, lacking, offline=hub.offline, cancel=hub.cancel, on_progress=hub.report,
+        endpoint=hub.endpoint, cache_dir=hub.cache_dir,
     )  # fmt: skip
-    return find_files(snapshot, role_paths(snapshot, info.hub_files))
+    return find_files(None, role_paths(snapshot, lacking) | own)
+
+
+def _check_own(info: VersionInfo, own: Mapping[str, Path]) -> None:
+    """Refuses files of the user's that are not there or cannot play their roles, before a long download."""
+    for role, path in own.items():
+        check_exists(role, path)
+    with ExitStack() as opened:
+        networks = {role: path for role, path in own.items() if role in MAPS}
+        files = {role: opened.enter_context(open_checkpoint(path)) for role, path in networks.items()}
+        check_roles(info, files, complete=False)  # another file may complete them: `load` knows
+
+
+def _cached_tokenizers(info: VersionInfo, hub: Hub) -> list[Path]:
+    """Where tokenizers lie that would do for files of the user's: the vocabulary is the same."""
+    if info.repo is None:
+        return [embedded_folder(info)]
+    roles = [role for role in ("clip_tokenizer", "t5_tokenizer") if role in info.hub_files]
+    found = [cached(info.repo, {role: info.hub_files[role]}, hub.cache_dir) for role in roles]
+    return [snapshot for snapshot in found if snapshot is not None]
+
+
+def _quantized_files(info: VersionInfo, given: Mapping[str, Path]) -> FluxFiles:
+    """The embedded model with its quantised transformer. Raises RequestError where there is none."""
+    if info.repo is not None:
+        raise RequestError(
+            f"{info.key} has no quantised transformer of its own: leave --quantized out and give one of "
+            "yours with --transformer FILE.gguf"
+        )
+    if given:
+        raise RequestError(
+            f"--quantized takes {info.key}'s own files, but {' and '.join(given)} was given: leave one out"
+        )
+    folder = embedded_folder(info)
+    return find_files(folder, {"transformer": folder / QUANTIZED})
 
 
 class Part(NamedTuple):

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,19 +102,27 @@ class FlowStep:
 
 @torch.inference_mode()
 def denoise(
-    model: nn.Module, state: State, times: Sequence[float], guidance: float | None
+    model: nn.Module,
+    state: State,
+    times: Sequence[float],
+    guidance: float | None,
+    latents_dtype: Literal["float32", "model"] = "float32",
 ) -> Iterator[FlowStep]:
     """Euler's method along `times` (from get_schedule). Yields after each step; stop iterating to stop.
 
-    guidance None: the model has no guidance embedding. The transformer runs in the dtype of state.txt; the
-    sum of the steps is carried in float32.
+    guidance None: the model has no guidance embedding. The transformer runs in the dtype of state.txt. The
+    latents are carried in float32, or with latents_dtype "model" in that dtype too, which rounds each step's
+    size and each sum to it, as Candle does; what is yielded is float32 either way.
     """
-    dtype, img = state.txt.dtype, state.img.float()
+    dtype = state.txt.dtype
+    carried = dtype if latents_dtype == "model" else torch.float32
+    img = state.img.to(carried)
     ones = torch.ones(img.shape[0], dtype=torch.float32, device=img.device)  # [B]
     scale = None if guidance is None else ones * guidance
     for index, (now, after) in enumerate(itertools.pairwise(times)):
         t = ones * now
-        velocity = model(img.to(dtype), state.img_ids, state.txt, state.txt_ids, t, state.vec, scale).float()
-        x0 = img - velocity * now
-        img = img + velocity * (after - now)
-        yield FlowStep(index, after, velocity, img, x0)
+        velocity = model(img.to(dtype), state.img_ids, state.txt, state.txt_ids, t, state.vec, scale)
+        x0 = img.float() - velocity.float() * now
+        step = torch.tensor(after - now, dtype=carried, device=img.device)
+        img = img + velocity.to(carried) * step
+        yield FlowStep(index, after, velocity.float(), img.float(), x0)

@@ -77,7 +77,7 @@ class T5Stack(nn.Module):
         carried in float32; each norm brings it back before the next product.
         """
         dtype = x.dtype
-        bias = self.bias_source().position_bias(x.shape[1], dtype)  # [1,H,L,L]
+        bias = self.bias_source().position_bias(x.shape[1], dtype, x.device)  # [1,H,L,L]
         x = x.float() if dtype == torch.float16 else x
         for block in self.block:
             x = block(x, bias, dtype)
@@ -151,13 +151,13 @@ class T5Attention(nn.Module):
         attended = attention(q, k, v, mask=bias, scale=1.0)  # [B,H,L,D]
         return self.o(attended.transpose(1, 2).flatten(2))
 
-    def position_bias(self, length: int, dtype: torch.dtype) -> Tensor:
+    def position_bias(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """-> [1,H,L,L], added to the scores."""
         position = torch.arange(length)
         buckets = relative_buckets(
             position[None, :] - position[:, None], self.buckets, self.max_distance
         )  # [L,L]
-        bias = self.relative_attention_bias(buckets.to(self.relative_attention_bias.weight.device))  # [L,L,H]
+        bias = self.relative_attention_bias(buckets.to(device))  # [L,L,H]
         return bias.permute(2, 0, 1)[None].to(dtype)
 
 

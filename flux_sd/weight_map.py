@@ -11,14 +11,15 @@ import itertools
 import string
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import MissingFileError, WeightMapError
 
 THIRDS = ("third_0", "third_1", "third_2")
-OPERATIONS = ("copy", "cat", *THIRDS, "swap_halves", "transpose", "squeeze_1x1", "unsqueeze_1x1")
+RESHAPES = ("squeeze_1x1", "unsqueeze_1x1", "conv_1x1")
+OPERATIONS = ("copy", "cat", *THIRDS, "swap_halves", "transpose", *RESHAPES)
 TITLES = {
     "flux_mmdit": "a FLUX.1 transformer",
     "autoencoder": "an autoencoder (VAE)",
@@ -47,6 +48,7 @@ class Row:
     operation: str
     sources: tuple[str, ...]
     instead: tuple[str, ...] = ()  # tensors that would do in their place
+    part_rows: str = ""  # of a cat: our parameter with as many rows as each part but the last; "": equal
 
     def __str__(self) -> str:
         made = self.sources[0] if self.operation == "copy" else f"{self.operation}({', '.join(self.sources)})"
@@ -59,6 +61,7 @@ class Template:
 
     target: str
     ways: tuple[tuple[str, tuple[str, ...]], ...]
+    part_rows: str = ""  # as in Row
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,6 @@ class WeightMap:
     about: str
     probe: tuple[str, ...]
     prefixes: tuple[str, ...]
-    reject: tuple[tuple[str, str], ...]
     ignore: tuple[tuple[str, str], ...]
     axes: Mapping[str, Axis]
     mirrors: Mapping[str, str]  # slot -> the axis that it counts backwards
@@ -105,9 +107,9 @@ class WeightMap:
         return f"{self.component}.{self.dialect}"
 
     def expand(
-        self, config: object, parameters: Collection[str], have: Collection[str] | None = None
+        self, config: object, parameters: Collection[str] | None, have: Collection[str] | None = None
     ) -> dict[str, Row]:
-        """our name -> Row, for those `parameters` that a row makes.
+        """our name -> Row, for those `parameters` that a row makes (None: for all that the config allows).
 
         `have` (the file's names) settles which way of a row is taken. Raises WeightMapError when two rows
         make one parameter.
@@ -116,12 +118,13 @@ class WeightMap:
         for template in self.templates:
             for values in self._assignments(template.target, config):
                 target = template.target.format_map(values)
-                if target not in parameters:
+                if parameters is not None and target not in parameters:
                     continue  # an optional layer that this model does not have
                 if target in rows:
                     raise WeightMapError(f"the map {self.name} makes {target} twice")
+                part_rows = template.part_rows.format_map(values)
                 ways = [
-                    Row(target, operation, tuple(source.format_map(values) for source in sources))
+                    Row(target, operation, tuple(s.format_map(values) for s in sources), (), part_rows)
                     for operation, sources in template.ways
                 ]
                 present = [row for row in ways if have is not None and all(s in have for s in row.sources)]
@@ -131,10 +134,7 @@ class WeightMap:
 
     def ignored(self, name: str) -> str | None:
         """Why a tensor may be left unused, or None."""
-        for pattern, reason in self.ignore:
-            if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
-                return reason
-        return None
+        return _reason(self.ignore, name)
 
     def counts(self, names: Collection[str]) -> dict[str, int]:
         """config field -> how many a file has, by the largest number at that place; for axes with a label."""
@@ -163,6 +163,13 @@ class WeightMap:
             yield values
 
 
+def _reason(patterns: Iterable[tuple[str, str]], name: str) -> str | None:
+    for pattern, reason in patterns:
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
+            return reason
+    return None
+
+
 def _slots(template: str) -> set[str]:
     return {slot for _, slot, _, _ in string.Formatter().parse(template) if slot}
 
@@ -180,13 +187,12 @@ def _count(head: str, names: Iterable[str]) -> int:
 @functools.cache  # the files do not change while a program runs, and every load asks several times
 def load_maps() -> tuple[WeightMap, ...]:
     """Every map of the package, sorted by name."""
-    files = sorted(maps_folder().glob("*.toml"))
-    return tuple(read_map(path) for path in files if path.stem != "recognised")
+    return tuple(read_map(path) for path in sorted(maps_folder().glob("*.*.toml")))
 
 
 def read_map(path: Path) -> WeightMap:
     """Reads and checks one map file. Raises WeightMapError that names the file and the row."""
-    content = _read_toml(path)
+    content = read_toml(path)
     try:
         weight_map = _parse_map(content)
         _check_map(weight_map)
@@ -197,7 +203,8 @@ def read_map(path: Path) -> WeightMap:
     return weight_map
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """One file of weights_maps/. Raises WeightMapError that names it."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -207,13 +214,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_map(content: Mapping[str, Any]) -> WeightMap:
     slots = content.get("axes", {}).items()
     rows = [(name, name) for name in content.get("same", ())] + list(content.get("rows", {}).items())
+    part_rows = content.get("part_rows", {})
+    if not part_rows.keys() <= dict(rows).keys():
+        raise ValueError(
+            f"part_rows is given for {sorted(part_rows.keys() - dict(rows).keys())}: no such row"
+        )
     return WeightMap(
         component=content["component"],
         dialect=content["dialect"],
         about=content["about"],
         probe=tuple(content["probe"]),
         prefixes=tuple(content["prefixes"]),
-        reject=tuple((name, what) for name, what in content.get("reject", ())),
         ignore=tuple((pattern, reason) for pattern, reason in content["ignore"]),
         axes={
             slot: Axis(entry["count"], entry.get("label", ""), entry.get("plus", 0))
@@ -222,7 +233,7 @@ def _parse_map(content: Mapping[str, Any]) -> WeightMap:
         },
         mirrors={slot: entry["reverse"] for slot, entry in slots if "reverse" in entry},
         words={slot: tuple(words) for slot, words in content.get("words", {}).items()},
-        templates=tuple(_parse_row(target, made) for target, made in rows),
+        templates=tuple(_parse_row(target, made, part_rows.get(target, "")) for target, made in rows),
         hints=tuple(
             Hint(kind, hint[kind], hint["says"])
             for hint in content.get("hint", ())
@@ -232,7 +243,7 @@ def _parse_map(content: Mapping[str, Any]) -> WeightMap:
     )
 
 
-def _parse_row(target: str, made: str | list[str]) -> Template:
+def _parse_row(target: str, made: str | list[str], part_rows: str) -> Template:
     ways: list[tuple[str, tuple[str, ...]]] = []
     for text in [made] if isinstance(made, str) else made:
         head, bracket, rest = text.partition("(")
@@ -245,7 +256,7 @@ def _parse_row(target: str, made: str | list[str]) -> Template:
         if head != "cat" and len(sources) != 1:
             raise ValueError(f"{text!r}: {head} takes one tensor")
         ways.append((head, sources))
-    return Template(target, tuple(ways))
+    return Template(target, tuple(ways), part_rows)
 
 
 def _check_map(weight_map: WeightMap) -> None:
@@ -258,6 +269,7 @@ def _check_map(weight_map: WeightMap) -> None:
         own = _slots(template.target)
         given = own | {mirror for mirror, axis in weight_map.mirrors.items() if axis in own}
         used = {slot for _, sources in template.ways for source in sources for slot in _slots(source)}
+        used |= _slots(template.part_rows)
         if not own <= known - set(weight_map.mirrors) or not used <= given:
             raise ValueError(f"{template.target!r} uses a slot that is not declared or not on its left side")
 
@@ -277,25 +289,105 @@ class Hit:
 
 
 def identify(names: Collection[str], maps: Sequence[WeightMap] | None = None) -> tuple[Hit, ...]:
-    """Every component that a file's tensor names give away; relatives that a map rejects are left out."""
-    hits = []
-    for weight_map in load_maps() if maps is None else maps:
-        for prefix in weight_map.prefixes:
-            rejected = any(prefix + name in names for name, _ in weight_map.reject)
-            if not rejected and any(prefix + name in names for name in weight_map.probe):
-                hits.append(Hit(weight_map, prefix))
-    return tuple(hits)
+    """Every component of ours that a file's tensor names give away.
+
+    Files of the kinds in recognised.toml are left out where their names would pass for a component: an
+    adapter that carries a model's tensors, a relative of FLUX.1.
+    """
+    kinds = find_kinds(names)
+    if any(kind.whole for kind, _ in kinds):
+        return ()
+    others = {(kind.unlike, prefix) for kind, prefix in kinds}
+    return tuple(
+        Hit(weight_map, prefix)
+        for weight_map in (load_maps() if maps is None else maps)
+        for prefix in weight_map.prefixes
+        if any(prefix + name in names for name in weight_map.probe)
+        and (weight_map.component, prefix) not in others
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A component that no map loads, or an adapter, as recognised.toml describes it."""
+
+    what: str
+    component: str
+    dialect: str
+    any: tuple[str, ...]
+    all: tuple[str, ...]
+    none: tuple[str, ...]
+    ends: tuple[str, ...]
+    unlike: str
+    prefixes: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it makes the whole file what it is."""
+        return self.component == "adapter"
+
+    def prefix(self, names: Collection[str]) -> str | None:
+        """What stands before the names of this kind in a file, None for a file that has none of it."""
+        if self.ends and any(name.endswith(self.ends) for name in names):
+            return ""
+        for prefix in self.prefixes:
+            if any(prefix + name in names for name in self.any) and all(
+                (prefix + name in names) == wanted
+                for group, wanted in ((self.all, True), (self.none, False))
+                for name in group
+            ):
+                return prefix
+        return None
+
+
+@functools.cache  # as load_maps
+def load_kinds() -> tuple[Kind, ...]:
+    """Every kind of recognised.toml, in its order. Raises WeightMapError."""
+    content = read_toml(maps_folder() / "recognised.toml")
+    try:
+        return tuple(_parse_kind(entry, content["prefixes"]) for entry in content["kind"])
+    except (KeyError, TypeError) as error:
+        raise WeightMapError(f"the file recognised.toml is not well formed: {error}") from error
+
+
+def _parse_kind(entry: Mapping[str, Any], prefixes: Sequence[str]) -> Kind:
+    unknown = entry.keys() - {field.name for field in fields(Kind)}
+    if unknown:
+        raise KeyError(", ".join(sorted(unknown)))
+    some, each, none, ends = (tuple(entry.get(key, ())) for key in ("any", "all", "none", "ends"))
+    dialect, unlike = (str(entry.get(key, "")) for key in ("dialect", "unlike"))
+    behind = tuple(entry.get("prefixes", prefixes))
+    return Kind(entry["what"], entry["component"], dialect, some, each, none, ends, unlike, behind)
+
+
+def find_kinds(names: Collection[str]) -> tuple[tuple[Kind, str], ...]:
+    """(kind, prefix) of whatever in a file is of a kind in recognised.toml: the first that fits a prefix."""
+    names = names if isinstance(names, set | frozenset | dict) else frozenset(names)
+    found: dict[str, Kind] = {}
+    for kind in load_kinds():
+        prefix = kind.prefix(names)
+        if prefix is None:
+            continue
+        if kind.whole:
+            return ((kind, prefix),)
+        found.setdefault(prefix, kind)
+    return tuple((kind, prefix) for prefix, kind in found.items())
+
+
+@functools.cache  # as load_maps
+def _leftovers() -> tuple[tuple[str, str], ...]:
+    leftovers = read_toml(maps_folder() / "recognised.toml")["leftovers"]
+    return tuple((pattern, reason) for pattern, reason in leftovers)
+
+
+def of_no_component(name: str) -> str | None:
+    """Why a file of several components may hold this tensor although it is of none of them, or None."""
+    return _reason(_leftovers(), name)
 
 
 def recognise_other(names: Collection[str]) -> str | None:
     """What a file is that none of our components fits, if it is of a kind listed in recognised.toml."""
-    content = _read_toml(maps_folder() / "recognised.toml")
-    for kind in content["kind"]:
-        if any(prefix + name in names for name in kind.get("any", ()) for prefix in content["prefixes"]):
-            return str(kind["what"])
-        if any(name.endswith(ending) for ending in kind.get("ends", ()) for name in names):
-            return str(kind["what"])
-    return None
+    return " and ".join(dict.fromkeys(kind.what for kind, _ in find_kinds(names))) or None
 
 
 def find_map(component: str, names: Collection[str], label: str = "the checkpoint") -> tuple[WeightMap, str]:
@@ -317,16 +409,8 @@ def find_map(component: str, names: Collection[str], label: str = "the checkpoin
     others = " and ".join(dict.fromkeys(TITLES.get(hit.map.component, str(hit)) for hit in hits))
     known = ", ".join(weight_map.name for weight_map in maps if weight_map.component == component)
     what = TITLES.get(component, component)
-    given = others or _rejected(component, names, maps) or recognise_other(names)
+    given = others or recognise_other(names)
     if given:
         raise WeightMapError(f"{label} is {given}, not {what}")
     found = f"its {len(names)} tensors have names of no known layout ({known})"
     raise WeightMapError(f"{label} is not {what}: {found}")
-
-
-def _rejected(component: str, names: Collection[str], maps: Sequence[WeightMap]) -> str | None:
-    return next(
-        (what for weight_map in maps if weight_map.component == component
-         for prefix in weight_map.prefixes for name, what in weight_map.reject if prefix + name in names),
-        None,
-    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import gguf
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -157,3 +158,10 @@ def t5_embedding(state: State, *names: str) -> State:
     """HF names with the shared embedding stored under each of `names`."""
     out = {name: tensor for name, tensor in state.items() if name != "shared.weight"}
     return out | {name: state["shared.weight"].clone() for name in names}
+
+
+def t5_llama_cpp(state: State) -> State:
+    """HF -> llama.cpp, by the name table of the gguf package."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 24)
+    names = {name: table.get_name(name, try_suffixes=(".weight",)) for name in state}
+    return {str(names[name]): tensor for name, tensor in state.items()}

@@ -14,7 +14,8 @@ from torch import nn
 from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_sd.clip import ClipTextConfig, ClipTextEncoder
 from flux_sd.device import choose_device
-from flux_sd.flux_loader import FluxComponents, find_files
+from flux_sd.flux_files import find_files
+from flux_sd.flux_loader import FluxComponents, LoadOptions
 from flux_sd.flux_mmdit import Flux, FluxConfig
 from flux_sd.model_loader import FluxModel
 from flux_sd.numerics import parse
@@ -105,6 +106,6 @@ def open_model(
 ) -> FluxModel:
     """The folder as a LoadedModel, past the version table."""
     components = FluxComponents.load(
-        info, find_files(folder, {}), choose_device("cpu"), dtype, parse(numerics), keep_loaded
+        info, find_files(folder, {}), choose_device("cpu"), dtype, parse(numerics), LoadOptions(keep_loaded)
     )
     return FluxModel(SDVersion.TINY_FLUX, components)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
+import helpers_gguf
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_sd.checkpoint import DTYPES, open_checkpoint
+from flux_sd.checkpoint import open_checkpoint
 from flux_sd.errors import AmbiguousFileError, CheckpointError, MissingFileError
+from flux_sd.tensor_info import DTYPES
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -69,7 +71,10 @@ def test_every_dtype(word: str, tmp_path: Path) -> None:
     save_file({"t": tensor, "empty": tensor[:0], "scalar": tensor[0].clone()}, tmp_path / "x.safetensors")
     with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
         assert checkpoint.info("t").dtype == word
-        assert torch.equal(checkpoint.read("t").view(torch.uint8), tensor.view(torch.uint8))
+        assert torch.equal(checkpoint.mapped("t").view(torch.uint8), tensor.view(torch.uint8))
+        found = checkpoint.read("t")
+        assert torch.equal(found, tensor.to(found.dtype))
+        assert found.dtype == (torch.float32 if word.startswith("F8") else tensor.dtype)
         assert checkpoint.read("empty").shape == (0,) and checkpoint.read("scalar").shape == ()
 
 
@@ -100,6 +105,7 @@ def test_an_unaligned_tensor_is_read(tmp_path: Path) -> None:
     header = {"u": entry("U8", (1,), (0, 1)), "f": entry("F32", (2,), (1, 9))}
     with open_checkpoint(write(tmp_path / "x.safetensors", header, data)) as checkpoint:
         assert checkpoint.read("f").tolist() == [1.5, -2.0]
+        assert checkpoint.mapped("f").data_ptr() % 4 == 0
 
 
 def test_a_view_outlives_close(tmp_path: Path) -> None:
@@ -155,7 +161,7 @@ def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="does not exist"):
         open_checkpoint(tmp_path / "x.safetensors")
-    with pytest.raises(MissingFileError, match=r"no \.safetensors file"):
+    with pytest.raises(MissingFileError, match=r"no \.safetensors or \.gguf file"):
         open_checkpoint(tmp_path)
     with pytest.raises(MissingFileError, match="no checkpoint"):
         open_checkpoint([])
@@ -184,6 +190,8 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         ({"a": "m-00002-of-00002.safetensors"}, "does not hold"),
         ({"a": "../m-00001-of-00002.safetensors"}, "a file beside the index"),
         ({"a": 3}, "no weight_map"),
+        ({"a": "x" * 300}, "a file beside the index"),
+        ({"a": "x\0y"}, "a file beside the index"),
     ],
 )
 def test_an_index_that_does_not_fit(listed: dict[str, Any], says: str | None, tmp_path: Path) -> None:
@@ -202,6 +210,37 @@ def test_a_shard_with_a_tensor_that_the_index_lacks(tmp_path: Path) -> None:
         open_checkpoint(index)
 
 
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    """Each is answered at once, by an error of ours."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "m.safetensors.index.json")
+    for name, says in {
+        "pipe.safetensors": "no regular file",
+        "m.safetensors.index.json": "no regular file",
+        "x" * 300: "cannot be read",
+        "a\0b": "cannot be read",
+        "nowhere/x.gguf": "does not exist",
+    }.items():
+        with pytest.raises((CheckpointError, MissingFileError), match=says):
+            open_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        open_checkpoint("/dev/zero")
+
+
+def test_shards_that_cannot_be_counted(tmp_path: Path) -> None:
+    save_file({"t": torch.ones(3)}, tmp_path / f"m-00001-of-{'9' * 30}.safetensors")
+    with pytest.raises(MissingFileError, match="shard 2, 3, 4 of 999"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_without_end(tmp_path: Path) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    with index.open("wb") as file:
+        file.truncate(2**33)  # a hole: it takes no room
+    with pytest.raises(CheckpointError, match="no shard index is"):
+        open_checkpoint(index)
+
+
 def test_two_files_with_one_tensor(tmp_path: Path) -> None:
     for name in ("x.safetensors", "y.safetensors"):
         save_file({"t": torch.ones(3)}, tmp_path / name)
@@ -217,9 +256,11 @@ OTHER_FILES = {
     "zeros": (bytes(5000), "zeros"),
     "text": (b"The weights are elsewhere, sorry. " * 9, "text file"),
     "web page": (b"<!DOCTYPE html><html><body>404</body></html>" * 3, "text file"),
+    "text of another country": ("Страница не найдена. ".encode() * 9, "text file"),
+    "text with a mark": (b"\xef\xbb\xbf" + b"<html>" * 20, "text file"),
     "pickle": (b"PK\x03\x04" + bytes(range(200)), "pickle"),
     "old pickle": (b"\x80\x02" + bytes(range(200)), "pickle"),
-    "gguf": (b"GGUF\3\0\0\0" + bytes(range(200)), "GGUF"),
+    "gguf": (b"GGUF\3\0\0\0" + bytes(range(200)), "damaged GGUF"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS"),
     "noise": (random.Random(0).randbytes(4000), "no safetensors"),
 }
@@ -233,6 +274,22 @@ def test_other_files_are_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "word"), [(99, "unknown"), (9, "Q8_1"), (33, "Q4_0_8_8")])
+def test_a_gguf_type_that_is_not_read(number: int, word: str, tmp_path: Path) -> None:
+    """Named with what would be, each once; before the tensors behind it are looked at."""
+    described = [
+        helpers_gguf.Described("odd", (1,), number, b""),
+        helpers_gguf.Described("x", (2**40,), 0, b""),
+    ]
+    path = helpers_gguf.File(described).write(tmp_path / "x.gguf")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    said, _, listed = str(caught.value).partition("; supported are ")
+    assert said == f"{path}: 'odd' has the GGML type {number} ({word}), which is not read"
+    assert len(set(listed.split(", "))) == len(listed.split(", "))
+    assert {"F32", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "TQ2_0"} <= set(listed.split(", "))
 
 
 HEADERS: dict[str, tuple[Any, bytes, str]] = {
@@ -249,7 +306,17 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "a fractional size": ({"a": entry(shape=(1.0,))}, bytes(4), "'a'"),
     "a truth value as size": ({"a": entry(shape=(True,))}, bytes(4), "'a'"),
     "too many dimensions": ({"a": entry(shape=(1,) * 99)}, bytes(4), "'a'"),
-    "a size that overflows": ({"a": entry(shape=(2**33, 2**33), offsets=(0, 4))}, bytes(4), "needs"),
+    "a size that overflows": ({"a": entry(shape=(2**33, 2**33), offsets=(0, 4))}, bytes(4), "counted"),
+    "a size that overflows beside a zero": ({"a": entry(shape=(0, 2**62), offsets=(0, 0))}, b"", "counted"),
+    "a size of many digits": ({"a": entry(shape=(10**4000,) * 8, offsets=(0, 4))}, bytes(4), "'a'"),
+    "a name without end": ({"a" * 2000: entry()}, bytes(4), "no name"),
+    "a name of two lines": ({"a\nb": entry()}, bytes(4), "no name"),
+    "half a character as name": (
+        b'{"\\ud800":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}',
+        b"\0",
+        "no name",
+    ),
+    "entries without end": (b'{"a": [' + b"0," * 300_000 + b"0]}", b"", "entries"),
     "another length than the shape's": ({"a": entry(shape=(2,))}, bytes(4), "needs 8"),
     "an end before the start": ({"a": entry(offsets=(4, 0))}, bytes(4), "needs 4"),
     "an end behind the file": ({"a": entry(shape=(2,), offsets=(0, 8))}, bytes(4), "truncated"),
@@ -285,31 +352,6 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(CheckpointError):
             open_checkpoint(path)
-
-
-def test_random_damage_gives_an_error_or_a_readable_file(tmp_path: Path) -> None:
-    """600 seeded changes of a few header bytes: never another exception, never a read beyond the file."""
-    save_file(TENSORS, tmp_path / "whole.safetensors")
-    whole = (tmp_path / "whole.safetensors").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    draw = random.Random(1)
-    path = tmp_path / "x.safetensors"
-    started = time.process_time()
-    refused = 0
-    for _ in range(600):
-        changed = bytearray(whole)
-        for _ in range(draw.randint(1, 3)):
-            changed[draw.randrange(header)] = draw.choice(b'0123456789"[]{},:-.eFUI\0\xff')
-        path.write_bytes(changed)
-        try:
-            with open_checkpoint(path) as checkpoint:
-                assert all(
-                    checkpoint.read(name).shape == checkpoint.info(name).shape for name in checkpoint.names
-                )
-        except CheckpointError as error:
-            refused += 1
-            assert str(path) in str(error)
-    assert refused > 300 and time.process_time() - started < 20
 
 
 def test_a_file_that_shrinks_after_opening(tmp_path: Path) -> None:

@@ -218,6 +218,43 @@ def test_a_name_taken_while_painting_costs_no_picture(
     assert image.read_record(written)["seed"] == 1 and len(names(folder)) == 2
 
 
+def test_a_later_name_that_is_taken_costs_no_picture_of_a_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(FakeModel):
+        def close(self) -> None:
+            for name in ("p-2.png", "p-sheet.png"):
+                Path(name).write_text("mine")
+
+    patch_model(monkeypatch, Slow())
+    assert main(["generate", "x", "-o", "p.png", "--batch", "3", "--seed", "7", "--json"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert answer["files"] == ["p-1.png", "p-2_0001.png", "p-3.png"] and answer["sheet"] == "p-sheet_0001.png"
+    assert [image.read_record(name)["seed"] for name in answer["files"]] == [7, 8, 9]
+    assert len(image.read_record(answer["sheet"])["sheet"]) == 3
+    assert captured.err.count("appeared while") == 2 and Path("p-2.png").read_text() == "mine"
+
+
+def test_options_about_files_and_decoding_reach_the_model(calls: Any, folder: Path) -> None:
+    assert main(["generate", "x", "--quiet"]) == 0
+    assert (calls[-1]["decode"], calls[-1]["fill_from"], calls[-1]["quantized"]) == ("on_use", None, False)
+    words = ["--decode", "on-load", "--fill-from", "base.gguf", "--quantized", "--model", "tiny-flux"]
+    assert main(["generate", "x", "--quiet", *words]) == 0
+    asked = (calls[-1]["decode"], calls[-1]["fill_from"], calls[-1]["quantized"])
+    assert asked == ("on_load", Path("base.gguf"), True)
+
+
+def test_a_preview_before_the_prompt_does_not_swallow_it(
+    calls: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--preview", "a red apple", "-o", "p.png", "--quiet"]) == 0
+    assert image.read_record("p.png")["prompt"] == "a red apple"
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--preview", "4", "a red apple", "-o", "q.png"])
+    assert stopped.value.code == 2 and "unrecognized arguments: a red apple" in capsys.readouterr().err
+
+
 def test_a_batch_is_one_file_each_and_a_sheet(
     calls: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +307,7 @@ def test_previews_come_and_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             seen.append(picture.size == (16, 16))
 
     patch_model(monkeypatch, Watching())
-    assert main(["generate", "x", "-o", "p.png", "--preview", "2", "--quiet"]) == 0
+    assert main(["generate", "x", "-o", "p.png", "--preview-every", "2", "--quiet"]) == 0
     assert seen == [True] and names(folder) == ["p.png"]
     patch_model(monkeypatch)
     assert main(["generate", "fail", "-o", "q.png", "--preview", "--quiet"]) == 1
@@ -292,9 +329,9 @@ def test_latents_go_out_and_come_in(calls: Any, folder: Path, capsys: pytest.Cap
     assert (record["latents_file"], record["latents_sha256"]) == ("z.safetensors", tensor_hash(latents[1]))
     assert main(["generate", "x", *size, "--latents-in", "z.safetensors"]) == 2
     assert "shape [1, 16, 4, 8]" in capsys.readouterr().err
-    save_file({"noise": latents}, "n.safetensors")
+    save_file({"pixels": latents}, "n.safetensors")
     assert main(["generate", "x", *size, "--latents-in", "n.safetensors"]) == 2
-    assert "holds noise, expected a tensor named 'latents'" in capsys.readouterr().err
+    assert "holds pixels, expected a tensor named 'latents'" in capsys.readouterr().err
 
 
 def test_an_unexpected_error_is_one_line_and_a_hint(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import flux_sd
 from flux_sd import image
 from flux_sd.cli import main
-from flux_sd.errors import Cancelled
+from flux_sd.errors import Cancelled, RequestError
 from flux_sd.request import Complete
 from flux_sd.sampling import get_noise
 from flux_sd.versions import SDVersion
@@ -61,6 +62,50 @@ def test_paint_and_replay_bit_equal(model: list[str], capsys: pytest.CaptureFixt
     for name in (first, second):  # each alone, from its own seed
         assert main(["replay", name, *model[2:]]) == 0
         assert capsys.readouterr().out == f"{name}: bit-equal\n"
+
+
+def test_quantized_paints_nearly_the_same_picture_from_packed_weights(
+    model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if model:
+        pytest.skip("flux_sd/models/tiny_flux is absent: train it with tools/train_tiny_flux.py")
+    words = ["generate", "a slice of pizza on a blue background", "--seed", "3", "--device", "cpu"]
+    assert main([*words, "-o", "whole.png", "--quiet"]) == 0
+    assert main([*words, "-o", "use.png", "--quantized", "--verbose"]) == 0
+    table = {line.split()[0]: line for line in capsys.readouterr().err.splitlines() if " MB" in line}
+    assert table.keys() == {"clip", "t5", "transformer", "vae"} and "Q8_0" in table["transformer"]
+    disk, memory = (float(word) for word in table["transformer"].split()[1:5:2])
+    assert 5 < disk <= memory < 1.3 * disk < 14  # whole it is 18 on disk in bfloat16, 37 in float32
+    assert main([*words, "-o", "load.png", "--quantized", "--decode", "on-load"]) == 0
+    assert (
+        "of packed weights are decoded at load, as asked: 10.3 MB on disk, 36.7 MB in memory"
+        in capsys.readouterr().err
+    )
+    whole, use, load = (image.open_picture(f"{name}.png") for name in ("whole", "use", "load"))
+    assert use.tobytes() == load.tobytes() != whole.tobytes()
+    apart = torch.tensor([abs(a - b) for a, b in zip(use.tobytes(), whole.tobytes(), strict=True)])
+    assert apart.float().mean() < 5
+    assert main(["replay", "load.png"]) == 0
+    assert capsys.readouterr().out == "load.png: bit-equal\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (
+            {"version": "flux-dev", "quantized": True},
+            "flux-dev has no quantised transformer of its own: .*--transformer FILE.gguf",
+        ),
+        (
+            {"version": "tiny-flux", "quantized": True, "vae": "ae.safetensors"},
+            "files, but vae was given: leave one out",
+        ),
+        ({"decode": "soon"}, "decode 'soon' is unknown: choose on_use or on_load"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(RequestError, match=found):
+        flux_sd.load_model(**options)
 
 
 def test_replay_names_another_dtype(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:

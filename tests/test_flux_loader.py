@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_flux import INFO_FOLDERS, open_model, small_info, write_folder
+from helpers_layouts import as_gguf, by_candle, cast_to
 from safetensors.torch import load_file, save_file
 
 from flux_sd import device
+from flux_sd.checkpoint import Checkpoint
 from flux_sd.device import GB, StageNeed, choose_device, choose_dtype, place
 from flux_sd.errors import (
     AmbiguousFileError,
@@ -20,10 +22,12 @@ from flux_sd.errors import (
     NotEnoughMemoryError,
     WeightMapError,
 )
-from flux_sd.flux_loader import MAPS, FluxComponents, describe_file, find_files, need
+from flux_sd.flux_files import MAPS, find_files
+from flux_sd.flux_loader import FluxComponents, LoadOptions, describe_file, need
+from flux_sd.load_plan import DECODES
 from flux_sd.model_loader import FluxModel
 from flux_sd.numerics import reference
-from flux_sd.quantized import StoredEmbedding, StoredLinear
+from flux_sd.quantized import PackedRows, QuantizedEmbedding, QuantizedLinear
 from flux_sd.request import GenerationRequest
 from flux_sd.versions import SDVersion
 
@@ -96,14 +100,15 @@ def test_separate_files_find_tokenizers_beside_their_encoders(folder: Path) -> N
 
 
 def test_a_path_that_is_no_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="is not a folder"):
+    with pytest.raises(MissingFileError, match=r"path: .* does not exist"):
         find_files(tmp_path / "nothing", {})
     with pytest.raises(MissingFileError, match=r"vae: .* does not exist"):
         find_files(tmp_path, {"vae": tmp_path / "nothing"})
 
 
 def load(folder: Path, automatic: bool = False, dtype: torch.dtype = torch.float32) -> FluxComponents:
-    return FluxComponents.load(INFO, find_files(folder, {}), CPU, dtype, reference(), automatic=automatic)
+    options = LoadOptions(automatic=automatic)
+    return FluxComponents.load(INFO, find_files(folder, {}), CPU, dtype, reference(), options)
 
 
 def test_a_tensor_too_few_is_named_before_anything_is_loaded(folder: Path) -> None:
@@ -150,8 +155,8 @@ def test_weights_kept_as_stored_give_the_picture_of_widened_ones(
     components = load(folder, automatic=True)
     assert components.placement.stored == {largest.role}
     network = components.network(largest.role)
-    kept = [part for part in network.modules() if isinstance(part, (StoredLinear, StoredEmbedding))]
-    assert kept and all(part.weight.dtype == torch.bfloat16 for part in kept)
+    kept = [part for part in network.modules() if isinstance(part, (QuantizedLinear, QuantizedEmbedding))]
+    assert kept and all(rows.type == "BF16" for part in kept for rows in part.weight.parts)
     assert "widened as they are used" in components.placement.notes[0]
     result = FluxModel(SDVersion.TINY_FLUX, components).generate(request)[0]
     assert torch.equal(result.latents, expected.latents)
@@ -159,9 +164,10 @@ def test_weights_kept_as_stored_give_the_picture_of_widened_ones(
 
 
 def test_stored_embedding_widens_its_rows() -> None:
-    embedding = torch.nn.Embedding(4, 3, dtype=torch.bfloat16)
-    rows = StoredEmbedding(embedding, torch.float32)(torch.tensor([[1, 3]]))
-    assert rows.dtype == torch.float32 and torch.equal(rows[0, 1], embedding.weight[3].float())
+    weight = torch.randn(4, 3).bfloat16()
+    embedding = QuantizedEmbedding([PackedRows(weight, "BF16", None, (4, 3))], torch.float32)
+    rows = embedding(torch.tensor([[1, 3]]))
+    assert rows.dtype == torch.float32 and torch.equal(rows[0, 1], weight[3].float())
 
 
 def test_what_does_not_fit_is_refused_and_the_file_that_would_is_named(
@@ -173,6 +179,76 @@ def test_what_does_not_fit_is_refused_and_the_file_that_would_is_named(
         NotEnoughMemoryError, match=r"transformer stage needs 2\d.\d GB.*16.0 GB are available.*Q8_0 GGUF"
     ):
         place(needs, CPU, torch.bfloat16, automatic=True, together=False)
+
+
+def test_packed_weights_count_as_the_file_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11.9 G parameters in Q8_0 with a few in float32: 13 GB where bfloat16 needs 24."""
+    total, packed = 11_901_408_320, 11_800_000_000
+    wanted = StageNeed(
+        "transformer", total, 12_700_000_000, int(0.5 * GB), packed=packed, packed_bytes=12_540_000_000
+    )
+    assert wanted.weight_bytes(torch.float32) == 4 * (total - packed) + 12_540_000_000
+    monkeypatch.setattr(device, "available_memory", lambda _: int(14.3 * GB))
+    assert not place([wanted], CPU, torch.float32, automatic=True, together=False).stored
+    monkeypatch.setattr(device, "available_memory", lambda _: int(10 * GB))
+    with pytest.raises(NotEnoughMemoryError, match=r"a Q5_K GGUF \(8.2 GB\) would fit$"):
+        place([wanted], CPU, torch.bfloat16, automatic=True, together=False)
+
+
+def test_decoding_at_load_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda _: int(16 * GB))
+    wanted = StageNeed("transformer", 11_901_408_320, 12_700_000_000, 0, widens=False, unpacks=True)
+    with pytest.raises(NotEnoughMemoryError, match=r"leave packed weights packed \(--decode on-use\)"):
+        place([wanted], CPU, torch.bfloat16, automatic=True, together=False)
+
+
+def packed_folder(folder: Path) -> Path:
+    """The same model with a transformer in blocks, as flux1-small.gguf."""
+    file = folder / "flux1-small.safetensors"
+    as_gguf(by_candle)(load_file(file), folder / "flux1-small.gguf")
+    file.unlink()
+    return folder
+
+
+def test_both_times_of_decoding_paint_the_same_picture_and_say_what_they_take(folder: Path) -> None:
+    packed_folder(folder)
+    results, tables = {}, {}
+    for decode in DECODES:
+        options = LoadOptions(decode=decode)
+        components = FluxComponents.load(
+            INFO, find_files(folder, {}), CPU, torch.float32, reference(), options
+        )
+        network = components.network("transformer")
+        assert any(isinstance(layer, QuantizedLinear) for layer in network.modules())
+        results[decode] = FluxModel(SDVersion.TINY_FLUX, components).generate(
+            GenerationRequest(prompt="a kite", seed=1, steps=2)
+        )[0]
+        tables[decode] = results[decode].metadata["weights"]["transformer"]
+        held = sum(tensor.nbytes for tensor in network.state_dict().values())
+        assert tables[decode]["memory"] == held
+    assert torch.equal(results["on_use"].latents, results["on_load"].latents)
+    assert set(tables["on_use"]["types"]) == {"F32", "Q4_0"}
+    assert tables["on_use"]["memory"] == tables["on_use"]["stored"] < tables["on_load"]["memory"] / 3
+    assert not results["on_use"].notes and "decoded at load" in results["on_load"].notes[0]
+
+
+def test_packed_convolutions_are_decoded_and_that_is_told(folder: Path) -> None:
+    cast_to(torch.float8_e4m3fn)(load_file(folder / "ae.safetensors"), folder / "ae.safetensors")
+    components = load(folder)
+    (note,) = components.placement.notes
+    assert "vae: " in note and "as only linears and embeddings can stay packed: " in note
+    table = components.describe_weights()["vae"]
+    assert set(table["types"]) == {"F8_E4M3"} and table["memory"] == 4 * table["stored"]
+
+
+def test_the_pages_of_a_file_are_given_back_after_its_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = load(packed_folder(folder))
+    network, released = components.network("transformer"), []
+    monkeypatch.setattr(Checkpoint, "release", lambda self, name=None: released.append(self.files[0].name))
+    components.free("transformer")
+    assert network is not None and released == ["flux1-small.gguf"]
 
 
 def test_float32_that_does_not_fit_stays_as_stored_only_when_dtype_was_automatic(

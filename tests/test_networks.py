@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig, _positions
 from flux_sd.clip import ClipTextConfig, ClipTextEncoder
 from flux_sd.flux_mmdit import Flux, FluxConfig, rotary_table, rotate
 from flux_sd.ops import sinusoidal_embedding
-from flux_sd.t5 import T5Config, T5Encoder, relative_buckets
+from flux_sd.t5 import T5Config, T5DenseGatedGelu, T5Encoder, relative_buckets
 from flux_sd.versions import SDVersion
 
 
@@ -59,6 +62,21 @@ def test_t5_survives_float16_where_its_feed_forward_leaves_the_range() -> None:
     assert half.dtype == torch.float16
     assert torch.isfinite(half).all()
     assert (half.float() - exact).norm() / exact.norm() < 5e-3
+
+
+def test_t5_gates_with_the_tanh_gelu_in_float16_too() -> None:
+    """At -3 the two forms of GELU are a tenth apart, far above float16's rounding."""
+    config = replace(T5Config.tiny(1), d_model=8, d_ff=8)
+    feed_forward = T5DenseGatedGelu(config).half()
+    for layer in (feed_forward.wi_0, feed_forward.wo):
+        layer.weight.data = torch.eye(8, dtype=torch.float16)
+    feed_forward.wi_1.weight.data = torch.full((8, 8), 1 / 8, dtype=torch.float16)
+    x = torch.full((1, 1, 8), -3.0, dtype=torch.float16)
+    with torch.inference_mode():
+        product = feed_forward(x)  # gelu(-3) * -3
+    expected = -3 * F.gelu(torch.tensor(-3.0), approximate="tanh")
+    assert product.dtype == torch.float32
+    assert torch.allclose(product, expected.expand(1, 1, 8), rtol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

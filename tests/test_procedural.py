@@ -1,12 +1,14 @@
-"""The procedural weights against the rule written out in plain integers. Under a second."""
+"""The procedural weights against the rule in plain integers, and bit for bit against Candle's program."""
 
 from __future__ import annotations
 
 import struct
 
+import golden
 import numpy as np
 import procedural
 import pytest
+import torch
 
 MASK = 2**64 - 1
 
@@ -55,3 +57,17 @@ def test_tokens_and_inputs_follow_the_rule() -> None:
     drawn = procedural.values("input.x", (2, 50_000))
     assert drawn.std().item() == pytest.approx(1.0, abs=0.01)
     assert drawn[1, 49_999].item() == float32(plain_u("input.x", 99_999) * 3**0.5)
+
+
+@pytest.mark.parametrize("name", sorted(golden.stored("procedural")))
+def test_bit_equal_to_the_rust_program(name: str) -> None:
+    stored = golden.stored("procedural")[name]
+    if name == "case.ids":
+        ours = torch.tensor(procedural.tokens(name, 100, 49406)).to(torch.uint32)
+    elif name == "case.input":
+        ours = procedural.values(name, stored.shape)
+    else:
+        scale = 0.03 if name == "case.scaled.weight" else 1.0
+        ours = torch.from_numpy(procedural.weight(name, stored.shape, scale))
+    golden.check_case("procedural", name, ours)
+    assert torch.equal(ours, stored)

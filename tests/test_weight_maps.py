@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from flux_sd.autoencoder import AutoEncoderConfig
-from flux_sd.checkpoint import DTYPES, Checkpoint, Header, TensorInfo, open_checkpoint
+from flux_sd.checkpoint import Checkpoint, open_checkpoint
 from flux_sd.clip import ClipTextConfig
 from flux_sd.errors import Cancelled, WeightMapError
 from flux_sd.flux_mmdit import FluxConfig
-from flux_sd.load_plan import PlannedParameter, _make, compare, fill, place, plan_load
+from flux_sd.load_plan import LoadPlan, PlannedParameter, _make, compare, fill, keep_stored, place, plan_load
 from flux_sd.t5 import T5Config
+from flux_sd.tensor_info import DTYPES, Header, TensorInfo
 from flux_sd.weight_map import Row, Template, WeightMap, find_map, identify, load_maps, maps_folder, read_map
 
 State = write.State
@@ -39,6 +40,7 @@ DIALECTS: dict[str, tuple[str, Callable[[State], State], str]] = {
     "clip bare": ("clip", write.clip_bare, "clip.hf_bare"),
     "t5": ("t5", dict, "t5.hf"),
     "t5 embed_tokens": ("t5", lambda s: write.t5_embedding(s, EMBED), "t5.hf"),
+    "t5 llama.cpp": ("t5", write.t5_llama_cpp, "t5.llama_cpp"),
     "t5 both": ("t5", lambda s: write.t5_embedding(s, "shared.weight", EMBED), "t5.hf"),
 }
 REAL = {
@@ -137,7 +139,9 @@ def test_every_operation_on_values(tmp_path: Path) -> None:
         for (operation, sources), value in expected.items():
             row = Row("x", operation, sources)
             shape, pieces = place(row, [checkpoint.info(source).shape for source in sources])
-            made = _make(PlannedParameter(row, shape, pieces), checkpoint, torch.float32, torch.device("cpu"))
+            parameter = PlannedParameter(row, shape, pieces)
+            plan = LoadPlan(MAPS["t5.hf"], "", checkpoint, (parameter,), {})
+            made = _make(parameter, plan, torch.float32, torch.device("cpu"))
             assert torch.equal(made, value) and made.is_contiguous(), operation
 
 
@@ -250,9 +254,16 @@ def test_some_parameters_keep_their_stored_type(tmp_path: Path) -> None:
     theirs = write.flux_diffusers(write.random_state("flux_mmdit"))
     state = {name: tensor.bfloat16() for name, tensor in theirs.items()}
     path = write.save(state, tmp_path / "m.safetensors")
-    found = load("flux_mmdit", path, keep_stored=lambda name: name.endswith("qkv.weight"))
-    assert {t.dtype for n, t in found.items() if n.endswith("qkv.weight")} == {torch.bfloat16}
-    assert {t.dtype for n, t in found.items() if not n.endswith("qkv.weight")} == {torch.float32}
+    module = write.build("flux_mmdit")
+    with open_checkpoint(path) as checkpoint:
+        plan = plan_load("flux_mmdit", module, write.CONFIGS["flux_mmdit"], checkpoint)
+        keep_stored(module, plan, torch.float32, everything=True)
+        fill(module, plan)
+        found = module.state_dict()
+    stored = {n for n in found if ".weight.data_" in n}
+    assert len([n for n in stored if ".img_attn.qkv." in n]) == 3  # one for each of q, k and v
+    assert {found[n].dtype for n in stored} == {torch.bfloat16}
+    assert {t.dtype for n, t in found.items() if n not in stored} == {torch.float32}
 
 
 def test_parameters_are_ready_for_inference(tmp_path: Path) -> None:
@@ -382,14 +393,16 @@ def test_a_file_of_another_component_is_called_by_its_name(given: str, wanted: s
     [
         (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "LoRA"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
-        (["conv_in.weight", "time_embedding.linear_1.weight"], "Stable Diffusion UNet"),
+        (
+            ["conv_in.weight", "time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"],
+            "Stable Diffusion UNet",
+        ),
         (["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"], "FLUX.2"),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.bias"], "Chroma"),
-        (["double_blocks.0.img_attn.qkv.weight", "scaled_fp8"], "fp8"),
         (["joint_blocks.0.context_block.attn.qkv.weight"], "Stable Diffusion 3"),
         (["transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"], "Stable Diffusion 3"),
         (["redux_up.weight"], "Redux"),
-        (["enc.blk.0.attn_q.weight"], "llama.cpp"),
+        (["enc.blk.0.attn_q.weight"], "a T5 encoder"),
         (["nothing.known"], "no known layout"),
     ],
 )

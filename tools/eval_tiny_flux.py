@@ -24,6 +24,7 @@ from torch import Tensor
 
 import flux_sd
 from flux_sd import GenerationRequest
+from flux_sd.model_loader import embedded_folder
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--path", type=Path, help="checkpoint folder; default: the one in the package")
+    parser.add_argument("--transformer", type=Path, help="this file for the transformer, such as a GGUF file")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf; default: where Debian puts it")
     parser.add_argument("--cache", type=Path, default=Path("tiny_flux_pictures.pt"), help="rendered pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -110,7 +112,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     arguments = parser.parse_args()
     pictures = render(arguments.font, arguments.cache)
-    with flux_sd.load_model("tiny-flux", arguments.path, keep_loaded=True) as model:
+    folder = arguments.path
+    if arguments.transformer is not None and folder is None:  # the other parts, which then have to be named
+        folder = embedded_folder(flux_sd.SDVersion.TINY_FLUX.info)
+    with flux_sd.load_model(
+        "tiny-flux", folder, transformer=arguments.transformer, keep_loaded=True
+    ) as model:
         report = evaluate(model, pictures, arguments.seed, arguments.steps, arguments.every)
     if arguments.json:
         print(json.dumps(asdict(report), indent=2))

@@ -6,7 +6,7 @@
 
 (protobuf and sentencepiece are for tools/make_tokenizer_references.py, which runs in the same environment.)
 
-Weights and inputs are procedural (tests/procedural.py), so the files hold outputs only. The names that seed
+Weights and inputs are procedural (tools/procedural.py), so the files hold outputs only. The names that seed
 the weights are our parameter paths, which this tool gives to diffusers' parameters by itself: it reads no
 file of weights_maps/ and imports nothing of flux_sd, so an error there cannot hide here. Takes seconds. The
 versions found go into the manifest; tests/test_oracle.py compares.
@@ -15,16 +15,15 @@ versions found go into the manifest; tests/test_oracle.py compares.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mpmath
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from procedural import tokens, values, weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -36,32 +35,39 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from procedural import tokens, values, weight  # noqa: E402
-
 OUT = ROOT / "reference_outputs" / "oracle"
-Rows = tuple[int, int]
-Source = tuple[str, tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
 
 
-def whole(value: np.ndarray) -> np.ndarray:
-    return value
+@dataclass(frozen=True)
+class Take:
+    """Which rows of one of our tensors one of theirs has: ranges, one after another; none for all."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, value: np.ndarray) -> np.ndarray:
+        return np.concatenate([value[first:last] for first, last in self.ranges]) if self.ranges else value
 
 
-def part(first: int, last: int) -> Callable[[np.ndarray], np.ndarray]:
+Source = tuple[str, tuple[int, ...], Take]
+whole = Take()
+
+
+def part(first: int, last: int) -> Take:
     """These rows of one of our fused tensors."""
-    return lambda value: value[first:last]
+    return Take(((first, last),))
 
 
-def swapped(value: np.ndarray) -> np.ndarray:
+def swapped(half: int) -> Take:
     """Scale, shift from shift, scale."""
-    half = len(value) // 2
-    return np.concatenate([value[half:], value[:half]])
+    return Take(((half, 2 * half), (0, half)))
 
 
-def give(model: nn.Module, sources: dict[str, Source]) -> None:
-    """Fills every parameter of `model` from our name and shape of it and the part taken."""
+def give(model: nn.Module, sources: dict[str, Source], layout: str | None = None) -> None:
+    """Fills every parameter of `model` from our name and shape of it and the part taken.
+
+    `layout`: also writes which part of which of our tensors each of theirs is, and its shape there; weight
+    maps are tested by it.
+    """
     parameters = dict(model.named_parameters())
     if parameters.keys() != sources.keys():
         raise SystemExit(
@@ -73,6 +79,13 @@ def give(model: nn.Module, sources: dict[str, Source]) -> None:
                 torch.from_numpy(take(weight(ours, shape)).copy()).view_as(parameters[name])
             )
     model.eval()
+    if layout is not None:
+        rows = {
+            name: {"shape": list(parameters[name].shape), "ours": ours, "of": shape, "rows": take.ranges}
+            for name, (ours, shape, take) in sources.items()
+        }
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        (OUT / f"{layout}.layout.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- FLUX transformer
@@ -85,7 +98,7 @@ def flux_sources(depth: int, single: int, guidance: bool) -> dict[str, Source]:
     """diffusers' name -> ours."""
     sources: dict[str, Source] = {}
 
-    def linear(theirs: str, ours: str, rows: int, columns: int, take: Callable[..., Any] = whole) -> None:
+    def linear(theirs: str, ours: str, rows: int, columns: int, take: Take = whole) -> None:
         sources[f"{theirs}.weight"] = (f"{ours}.weight", (rows, columns), take)
         sources[f"{theirs}.bias"] = (f"{ours}.bias", (rows,), take)
 
@@ -134,7 +147,7 @@ def flux_sources(depth: int, single: int, guidance: bool) -> dict[str, Source]:
         linear(f"{theirs}.proj_mlp", f"{ours}.linear1", fused, HIDDEN, part(3 * HIDDEN, fused))
         linear(f"{theirs}.proj_out", f"{ours}.linear2", HIDDEN, HIDDEN + MLP)
         scales(f"{theirs}.attn", f"{ours}.norm", ("norm_q", "norm_k"))
-    linear("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * HIDDEN, HIDDEN, swapped)
+    linear("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * HIDDEN, HIDDEN, swapped(HIDDEN))
     linear("proj_out", "final_layer.linear", 64, HIDDEN)
     return sources
 
@@ -152,7 +165,7 @@ def flux(guidance: bool) -> dict[str, Tensor]:
         guidance_embeds=guidance,
         axes_dims_rope=(16, 24, 24),
     )
-    give(model, flux_sources(2, 2, guidance))
+    give(model, flux_sources(2, 2, guidance), "flux_dev" if guidance else None)
     ids = torch.zeros(ROWS, COLUMNS, 3)
     ids[..., 1] += torch.arange(ROWS)[:, None]
     ids[..., 2] += torch.arange(COLUMNS)[None, :]
@@ -279,7 +292,7 @@ def autoencoder() -> dict[str, Tensor]:
         scaling_factor=SCALE,
         shift_factor=SHIFT,
     )
-    give(model, autoencoder_sources(model, levels=4))
+    give(model, autoencoder_sources(model, levels=4), "autoencoder")
     posterior = model.encode(values("oracle.image", (1, 3, 48, 80))).latent_dist
     latents = values("oracle.latents", (1, 16, 6, 10))
     return {

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from flux_sd.autoencoder import AutoEncoder
 from flux_sd.clip import ClipTextEncoder
+from flux_sd.dialects import undo_all
 from flux_sd.errors import FluxSdError, NotBuiltError
-from flux_sd.flux_mmdit import Flux, FluxConfig
-from flux_sd.load_plan import Piece, place
+from flux_sd.flux_mmdit import Flux
 from flux_sd.t5 import T5Encoder
 from flux_sd.versions import FluxConfigs, SDVersion
-from flux_sd.weight_map import Row, WeightMap, load_maps
+from flux_sd.weight_map import WeightMap, load_maps
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "f16": (torch.float16, "F16"), "f32": (torch.float32, "F32")}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -111,36 +111,13 @@ def values(
 
 def stored_tensors(weight_map: WeightMap, config: object, shapes: Shapes) -> list[StoredTensor]:
     """The tensors of a file in this dialect: every row of the map, read backwards."""
-    tensors: list[StoredTensor] = []
-    for target, row in weight_map.expand(config, shapes.keys()).items():
-        sources = _source_shapes(row, shapes[target], config)
-        shape, pieces = place(row, sources)
-        if shape != shapes[target]:
-            raise ValueError(f"{row} cannot be read backwards")
-        for source, source_shape in zip(row.sources, sources, strict=True):
-            mine = sorted((piece for piece in pieces if piece.source == source), key=_first)
-            tensors.append(StoredTensor(source, source_shape, tuple((target, p.at, p.rows) for p in mine)))
-    return tensors
-
-
-def _first(piece: Piece) -> int:
-    return piece.first
-
-
-def _source_shapes(row: Row, shape: tuple[int, ...], config: object) -> list[tuple[int, ...]]:
-    """Shapes of a row's sources, from that of the parameter they make."""
-    if row.operation in ("copy", "swap_halves"):
-        return [shape]
-    if row.operation == "unsqueeze_1x1":
-        # Linears in diffusers' files, convolutions in the original ones and in diffusers' shortcuts.
-        as_linear = "attentions" in row.sources[0]
-        return [shape[:2] if as_linear else shape]
-    if row.operation == "cat" and len(row.sources) == 3:
-        return [(shape[0] // 3, *shape[1:])] * 3
-    if row.operation == "cat" and isinstance(config, FluxConfig):  # q, k, v and the MLP of a single block
-        hidden = config.hidden_size
-        return [(hidden, *shape[1:])] * 3 + [(shape[0] - 3 * hidden, *shape[1:])]
-    raise ValueError(f"no rule for {row}")
+    layout = undo_all(weight_map, config, shapes)
+    if any(part.transposed for group in layout.values() for part in group):
+        raise ValueError(f"{weight_map.name} has transposed tensors, which are not written here")
+    return [
+        StoredTensor(name, group[0].shape, tuple((part.parameter, part.first, part.rows) for part in group))
+        for name, group in layout.items()
+    ]
 
 
 def write_file(

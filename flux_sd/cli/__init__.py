@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import FluxSdError
 from ..version import __version__
-from . import generate, maps, models, replay
+from . import compare, convert, generate, inspect, maps, models, numerics, replay, trace
 
-COMMANDS = (generate, replay, models, maps)
+COMMANDS = (generate, replay, models, inspect, maps, convert, trace, compare, numerics)
 
 DESCRIPTION = """Paints pictures from text with FLUX.1 models.
 
@@ -28,7 +28,8 @@ A first picture, with the small model that is built in (nothing is downloaded):
 """
 EPILOG = """`flux-sd COMMAND --help` explains a command, with examples.
 
-exit codes: 0 done; 1 a run that failed, or a replay that differs; 2 bad input; 130 cancelled with Ctrl-C"""
+exit codes: 0 done; 1 a run that failed, or a replay or comparison that differs; 2 bad input;
+130 cancelled with Ctrl-C"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

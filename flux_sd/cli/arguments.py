@@ -21,6 +21,7 @@ class Computing(NamedTuple):
     device: str
     dtype: str
     numerics: str
+    quantized: bool = False
 
 
 COMPONENTS = ("transformer", "t5", "clip", "vae", "clip_tokenizer", "t5_tokenizer")
@@ -68,33 +69,36 @@ def prompt(text: str) -> str:
 
 def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
     """Which model, from which files, computed how. `recorded`: defaults are what a picture's record says."""
-    files = parser.add_argument_group("where the model comes from")
-    files.add_argument("--path", type=Path, metavar="FOLDER", help="a folder with all of its files")
+    add = parser.add_argument_group("where the model comes from").add_argument
+    add("--path", type=Path, metavar="FOLDER",
+        help="a folder with all of its files, or one file with several parts")  # fmt: skip
     for role in COMPONENTS:
         option, name = f"--{role.replace('_', '-')}", role.replace("_", " ")
-        files.add_argument(option, type=Path, metavar="FILE", help=f"a file or folder for the {name} alone")
-    files.add_argument(
-        "--offline", action="store_true", help="use files that are here already and download nothing"
+        add(option, type=Path, metavar="FILE", help=f"a file or folder for the {name} alone")
+    add("--fill-from", type=Path, metavar="FILE",
+        help="where a file lacks tensors, take them from this one, which has the same part")  # fmt: skip
+    add("--quantized", action="store_true",
+        help="the built-in model with weights of 8 bits: smaller, and almost the same picture")  # fmt: skip
+    add("--offline", action="store_true", help="use files that are here already and download nothing")
+    add = parser.add_argument_group("how it is computed").add_argument
+
+    def default(value: str) -> str | None:
+        return None if recorded else value
+
+    def says(usual: str) -> str:
+        return f"(default: {'as recorded' if recorded else usual})"
+
+    add(
+        "--device", default=default("auto"), help=f"cpu, cuda or mps {says('auto, the fastest that is here')}"
     )
-    how = parser.add_argument_group("how it is computed")
-    theirs = "(default: as recorded)"
-    how.add_argument(
-        "--device",
-        default=None if recorded else "auto",
-        help=f"cpu, cuda or mps {theirs if recorded else '(default: auto, the fastest that is here)'}",
-    )
-    how.add_argument(
-        "--dtype",
-        default=None if recorded else "auto",
-        help=f"float32, bfloat16 or float16 {theirs if recorded else '(default: auto, by model and device)'}",
-    )
-    how.add_argument(
-        "--numerics",
-        choices=sorted(PRESETS),
-        default=None if recorded else "reference",
+    add("--dtype", default=default("auto"),
+        help=f"float32, bfloat16 or float16 {says('auto, by model and device')}")  # fmt: skip
+    add("--decode", choices=("on-use", "on-load"), default="on-use",
+        help="GGUF and fp8 weights stay packed in memory, or are decoded once, which takes more of it "
+        "and saves time; the picture is the same (default: on-use)")  # fmt: skip
+    add("--numerics", choices=sorted(PRESETS), default=default("reference"),
         help="what to compute where Candle differs from the published models "
-        f"{theirs if recorded else '(default: reference, as published)'}",
-    )
+        f"{says('reference, as published')}")  # fmt: skip
 
 
 def load(
@@ -115,6 +119,9 @@ def load(
         device=computing.device,
         dtype=computing.dtype,
         numerics=computing.numerics,
+        decode="on_load" if args.decode == "on-load" else "on_use",
+        fill_from=args.fill_from,
+        quantized=args.quantized or computing.quantized,
         offline=args.offline,
         cancel=cancel,
         on_event=on_event,

@@ -47,6 +47,12 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def printable(text: str, limit: int = 2000) -> str:
+    """Text out of a file as a terminal may show it: control and invisible characters as escapes, cut."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= limit else shown[:limit] + "..."
+
+
 def gigabytes(count: float) -> str:
     """12_300_000_000 -> "12.3 GB"; below a gigabyte in MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
@@ -125,7 +131,7 @@ class ProgressBars:
         name = event.stage
         if event.images > 1:
             name = f"{name}, image {event.image + 1}/{event.images}"
-        in_bytes = event.stage.startswith("download")
+        in_bytes = event.stage.startswith(("download", "convert"))
         plain = "{l_bar}{bar:24}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
         return tqdm(
             total=event.total or None,

@@ -7,6 +7,7 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ EPILOG = """examples:
       four pictures, apple-1.png to apple-4.png from seeds 7 to 10, and apple-sheet.png that shows them all
   flux-sd generate "a lighthouse at dusk" --model flux-schnell --size 768x512
       a released model: downloaded at first use (`flux-sd models` says how much that is)
-  flux-sd generate "a lighthouse at dusk" --model flux-dev --path ~/models/flux-dev --steps 28 --preview 4
+  flux-sd generate "a lighthouse at dusk" --model flux-dev --path ~/flux-dev --steps 28 --preview-every 4
       the same from a folder of your own, with a look at the picture after every fourth step
 
 Each picture carries its prompt, seed and settings; `flux-sd replay FILE.png` paints it again and compares."""
@@ -95,13 +96,14 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="(default: flux_sd_0001.png or the next free number)",
     )
     add("--overwrite", action="store_true", help="replace files that exist (default: refuse)")
-    add("--preview", type=arguments.whole, nargs="?", const=1, metavar="N",
-        help="show the picture so far in NAME.preview.png after every N-th step (default N: 1); "
-        "removed at the end")  # fmt: skip
+    add("--preview", action="store_true",
+        help="show the picture so far in NAME.preview.png after every step; removed at the end")  # fmt: skip
+    add("--preview-every", type=arguments.whole, metavar="N", help="the same after every N-th step only")
     add("--latents-out", type=Path, metavar="FILE",
         help="also write the noise that the run starts from, as --latents-in takes it, and in the same file "
         "'denoised', what the decoder gets")  # fmt: skip
     add("--timings", action="store_true", help="print how long each stage took")
+    add("--verbose", action="store_true", help="print what each part's weights take on disk and in memory")
     add("--quiet", action="store_true", help="print nothing but errors")
     add(
         "--json",
@@ -120,6 +122,7 @@ class Output:
     latents: Path | None
     previews: bool
     base: Path = field(init=False)
+    written: list[Path] = field(init=False, default_factory=list)  # pictures, then the sheet
 
     def __post_init__(self) -> None:
         from .. import image
@@ -148,34 +151,44 @@ class Output:
         return self.base.with_name(f"{self.base.stem}{ending}{self.base.suffix}")
 
     def write_pictures(self, results: list[Result], console: Console) -> None:
-        """All pictures, each with its record, and the sheet of a batch."""
+        """All pictures, each with its record, and the sheet of a batch; `written` says where they are."""
         from .. import image
 
         pictures = [result.image for result in results]
         records = [{**r.metadata, "pixels_sha256": image.pixel_hash(r.image)} for r in results]
-        self._write_first(pictures[0], records[0], console)
+        self._write(pictures[0], self.pictures()[0], records[0], console)
         for picture, record, path in list(zip(pictures, records, self.pictures(), strict=True))[1:]:
-            image.save_png(picture, path, record, self.overwrite)
+            self._write(picture, path, record, console)
         if self.batch > 1:
             labels = [f"seed {record['seed']}" for record in records]
             sheet = image.contact_sheet(pictures, labels)
-            image.save_png(sheet, self.sheet(), {"sheet": records}, self.overwrite)
+            self._write(sheet, self.sheet(), {"sheet": records}, console)
 
-    def _write_first(self, picture: Image, record: dict[str, Any], console: Console) -> None:
-        """Takes the next free number where another program took the name meanwhile: no picture is lost."""
+    def _write(self, picture: Image, path: Path, record: dict[str, Any], console: Console) -> None:
+        """Takes a free number where another program took the name meanwhile: no picture is lost."""
         from .. import image
 
         while True:
-            path = self.pictures()[0]
             try:
                 image.save_png(picture, path, record, self.overwrite)
-                return
             except OutputError:
                 if self.overwrite or not path.is_file():
                     raise
-                stem = "flux_sd" if self.wanted is None else self.wanted.stem
-                self.base = image.numbered_path(self.base.parent, stem)
-                console.note(f"{path} appeared while this was painted; writing {self.pictures()[0]} instead")
+                taken, path = path, self._free(path)
+                console.note(f"{taken} appeared while this was painted; writing {path} instead")
+            else:
+                self.written.append(path)
+                return
+
+    def _free(self, path: Path) -> Path:
+        """Another name. Of the first picture it is a new name for the whole run; the others keep theirs."""
+        from .. import image
+
+        if self.written:
+            return image.numbered_path(path.parent, path.stem)
+        stem = "flux_sd" if self.wanted is None else self.wanted.stem
+        self.base = image.numbered_path(self.base.parent, stem)
+        return self.pictures()[0]
 
 
 class Listener:
@@ -210,7 +223,9 @@ def run(args: argparse.Namespace) -> int:
         request = _request(args)
         version = arguments.chosen_version(args, args.model)
         check_request(version, request, args.numerics)
-        output = Output(args.output, args.overwrite, args.batch, args.latents_out, args.preview is not None)
+        output = Output(
+            args.output, args.overwrite, args.batch, args.latents_out, request.preview_every is not None
+        )
         start = time.perf_counter()
         results, timings = _paint(args, version, request, Listener(console, output), cancel)
         cancel.check()  # the last moment: from here on files appear
@@ -241,7 +256,7 @@ def _request(args: argparse.Namespace) -> GenerationRequest:
         t5_length=args.t5_len,
         strict_prompt=args.strict_prompt,
         latents=latents,
-        preview_every=args.preview,
+        preview_every=args.preview_every or (1 if args.preview else None),
     )
 
 
@@ -288,15 +303,16 @@ def _report(
         console.note(f"note: {note}")
     if args.seed is None and args.latents_in is None:
         console.note(f"seed {seeds[0]}; to paint this again: {repeat_command(sys.argv[1:], args, seeds[0])}")
-    files = [*output.pictures(), *([output.sheet()] if args.batch > 1 else [])]
-    for path in files:
+    for path in output.written:
         console.line(str(path))
+    if args.verbose:
+        console.note(weight_table(results[0].metadata.get("weights", {})))
     if args.timings:
         console.note(timing_table(timings))
     console.document(
         {
-            "files": [str(path) for path in output.pictures()],
-            "sheet": str(output.sheet()) if args.batch > 1 else None,
+            "files": [str(path) for path in output.written[: args.batch]],
+            "sheet": str(output.written[-1]) if args.batch > 1 else None,
             "latents": None if output.latents is None else str(output.latents),
             "seeds": seeds,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
@@ -311,6 +327,17 @@ def timing_table(timings: dict[str, float]) -> str:
     known = ("load", "encode", "denoise", "decode", "write", "total")
     stages = [*(s for s in timings if s not in known), *(s for s in known if s in timings)]
     return "\n".join(f"{stage:<10}{timings[stage]:8.3f} s" for stage in stages)
+
+
+def weight_table(weights: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each part: bytes on disk, bytes in memory while it runs, stored types; and each tensor
+    that --fill-from gave."""
+    lines = [f"{'weights':<12}{'on disk':>12}{'in memory':>12}  types"]
+    for role, row in weights.items():
+        types = ", ".join(f"{count} {name}" for name, count in row["types"].items())
+        lines.append(f"{role:<12}{row['stored'] / 1e6:9.1f} MB{row['memory'] / 1e6:9.1f} MB  {types}")
+        lines += [f"  {name} from --fill-from" for name in row.get("filled", ())]
+    return "\n".join(lines)
 
 
 def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
@@ -334,14 +361,18 @@ def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
 
 
 def read_latents(path: Path) -> Tensor:
-    """The tensor "latents" of a safetensors file. Raises RequestError if there is none."""
+    """The tensor "latents" of a safetensors file, or "noise" of a record, whose latents end the run.
+
+    Raises RequestError if there is neither.
+    """
     from ..checkpoint import open_checkpoint
 
     if not path.is_file():
         raise RequestError(f"latents {str(path)!r} cannot be read: it is not a file")
     with open_checkpoint(path) as checkpoint:
-        if "latents" in checkpoint:
-            return checkpoint.read("latents")
+        for name in ("noise", "latents"):
+            if name in checkpoint:
+                return checkpoint.read(name)
         names = ", ".join(checkpoint.names) or "nothing"
     raise RequestError(f"{str(path)!r} holds {names}, expected a tensor named 'latents'")
 

@@ -177,12 +177,13 @@ class Found:
 def check_file(path: Path, kinds: list[Network]) -> list[Found]:
     """What the file holds. Raises WeightMapError with every problem if a part of it fits no network."""
     from ..checkpoint import open_checkpoint
-    from ..weight_map import identify, load_maps, recognise_other
+    from ..sniff import OTHER, sniff
+    from ..weight_map import identify, load_maps
 
     with open_checkpoint(path) as checkpoint:
         hits = identify(checkpoint.infos.keys())
         if not hits:
-            given = recognise_other(checkpoint.names)
+            given = " and ".join(str(part) for part in sniff(checkpoint) if part.component != OTHER)
             layouts = ", ".join(known.name for known in load_maps())
             unknown = f"of no known layout: its {len(checkpoint)} tensors have none of the names of {layouts}"
             raise WeightMapError(f"{path} is {given or unknown}")

@@ -115,6 +115,7 @@ def _computing(args: argparse.Namespace, record: dict[str, Any]) -> arguments.Co
         device=args.device or record.get("device", "auto"),
         dtype=args.dtype or dtype,
         numerics=args.numerics or record.get("numerics", "reference"),
+        quantized=record.get("quantized", False),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_sd.clip import ClipTextConfig
+from flux_sd.convert import convert
 from flux_sd.flux_mmdit import FluxConfig
 from flux_sd.sampling import unpack
 from flux_sd.t5 import T5Config
@@ -40,6 +41,11 @@ still gives a picture, of what it takes the words for.
 The folder has the layout of the released FLUX.1 repositories. `candle.json` is a specification for painting
 with Candle; the noise file that it names is written by `tools/compare_with_candle.py`.
 
+`transformer-Q8_0.gguf` is the transformer again with 8-bit matrices, for `flux-sd generate --quantized`: what
+this command writes, byte for byte.
+
+    flux-sd convert flux1-tiny.safetensors transformer-Q8_0.gguf --to gguf:Q8_0
+
 Made by `tools/train_tiny_flux.py` from nothing but renderings of the font Noto Color Emoji, copyright Google
 LLC, licensed under the SIL Open Font License 1.1 (https://openfontlicense.org). The font itself is not
 contained. The weights are licensed as this package.
@@ -55,6 +61,8 @@ def export(pictures: Pictures, state: Path, folder: Path, tests: Path, log: Log)
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _save(painter.transformer, folder / "flux1-tiny.safetensors", DTYPE)
+    transformer = folder / "flux1-tiny.safetensors"
+    convert(transformer, folder / "transformer-Q8_0.gguf", "gguf:Q8_0", overwrite=True)
     _save(autoencoder, folder / "ae.safetensors", AE_DTYPE)
     _save(painter.clip, folder / "text_encoder" / "model.safetensors", DTYPE)
     _save(painter.t5, folder / "text_encoder_2" / "model.safetensors", DTYPE)

@@ -1,7 +1,7 @@
 """Procedural tensors: every weight and input is a pure function of its name, shape and index.
 
 A reference file therefore holds outputs only, and any language rebuilds the rest bit for bit. The
-specification is Candle's side of the comparison, `procedural.rs`:
+specification is Candle's side of the comparison, `tools/candle_reference/src/procedural.rs`:
 
     seed(name) = FNV-1a 64 of the UTF-8 name
     bits(i)    = splitmix64's finaliser of seed + (i + 1) * 0x9E3779B97F4A7C15, wrapping
@@ -12,13 +12,15 @@ specification is Candle's side of the comparison, `procedural.rs`:
                  other rank 1:             1 + u(i) * 0.1
     input(i)   = u(i) * sqrt(3)            token id = bits(i) % vocabulary
 
-All arithmetic in float64, then one rounding to float32. Imports nothing of flux_sd.
+All arithmetic in float64, then one rounding to float32. Imports nothing of flux_sd: tests and tools share it.
+`python tools/procedural.py` prints how long a billion weights take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -95,8 +97,18 @@ def tokens(name: str, length: int, vocabulary: int) -> list[int]:
 
 
 @torch.no_grad()
-def fill(module: nn.Module) -> nn.Module:
-    """Gives every parameter its procedural value; the name is its path in `module`."""
+def fill(module: nn.Module, scale: Callable[[str], float] = lambda name: 1.0) -> nn.Module:
+    """Gives every parameter its procedural value; the name is its path in `module`.
+
+    `scale(name)` is what a case multiplies the values of that name by.
+    """
     for name, parameter in module.named_parameters():
-        parameter.copy_(torch.from_numpy(weight(name, parameter.shape)))
+        parameter.copy_(torch.from_numpy(weight(name, parameter.shape, scale(name))))
     return module
+
+
+if __name__ == "__main__":
+    count = 100_000_000
+    started = time.process_time()
+    weight("speed.weight", (count // 1000, 1000))
+    print(f"a billion weights: {(time.process_time() - started) * 1e9 / count:.1f} s of one core")
