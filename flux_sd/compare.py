@@ -294,8 +294,8 @@ def explain(row: Row) -> str:
         a, b = row.not_finite
         return f"NOT FINITE: {a} values in A, {b} in B are NaN or infinite"
     if row.verdict == "over":
-        a, b = row.dtypes
-        return "OVER" if a == b else f"OVER: {a} in A, {b} in B"
+        one, other = row.dtypes
+        return "OVER" if one == other else f"OVER: {one} in A, {other} in B"
     return row.verdict
 
 

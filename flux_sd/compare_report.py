@@ -62,16 +62,18 @@ a { color: inherit }
 .about th { font-weight: 600 }
 .about .differs { color: var(--bad) }
 svg { display: block; width: 100% }
+.plot { min-width: 820px }
 .plot text { fill: var(--soft); font-size: 11px }
 .plot .grid { stroke: var(--line) }
 .plot .limit { stroke: var(--soft); stroke-dasharray: 2 3; fill: none }
 .plot .good { fill: var(--good) }
 .plot .bad { fill: var(--bad) }
 .plot .first { stroke: var(--bad); stroke-dasharray: 4 3 }
-.bar { display: flex; gap: 10px 26px; align-items: center; margin: 20px 0 10px; font-size: 13px;
-  color: var(--soft) }
+.wide { overflow-x: auto }
+.bar { display: flex; flex-wrap: wrap; gap: 10px 26px; align-items: center; margin: 20px 0 10px;
+  font-size: 13px; color: var(--soft) }
 .bar label { color: var(--ink); cursor: pointer; white-space: nowrap }
-.bar .hint { flex: 1; font-size: 12px; line-height: 1.35 }
+.bar .hint { flex: 1 1 320px; font-size: 12px; line-height: 1.35 }
 .scale { min-width: 280px }
 .scale svg { height: 12px; border: 1px solid var(--line) }
 .scale div { display: flex; justify-content: space-between; font-size: 11px }
@@ -86,9 +88,10 @@ summary b { min-width: 62px }
 summary span { color: var(--soft); min-width: 118px }
 summary span.size { min-width: 190px }
 summary .count { color: var(--bad) }
-summary .lane { flex: 1 }
+summary .lane { flex: 1; min-width: 60px }
 summary svg { height: 10px }
-table.stages { border-collapse: collapse; table-layout: fixed; width: 100%; margin-bottom: 10px }
+table.stages { border-collapse: collapse; table-layout: fixed; width: 100%; min-width: 960px;
+  margin-bottom: 10px }
 .stages td, .stages th { padding: 3px 8px; text-align: left; font-weight: 400; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap }
 .stages th { color: var(--soft); font-size: 12px }
@@ -96,6 +99,7 @@ table.stages { border-collapse: collapse; table-layout: fixed; width: 100%; marg
 .stages thead tr { border: 0 }
 .stages td.n, .stages th.n { text-align: right }
 td.stage, td.n, td.say { font-size: 12.5px }
+.stages td.stage, .stages td.shape { white-space: normal; overflow-wrap: anywhere; line-height: 1.3 }
 td.shape, tr.equal td.say { color: var(--soft) }
 td.rel { background: linear-gradient(to right, var(--bar) var(--w), transparent var(--w)) no-repeat
   0 50% / 100% 70% }
@@ -106,8 +110,8 @@ td.strip svg { height: 14px; border: 1px solid var(--line) }
 body:has(#only:checked) :is(tr.pass, details:not(:has(tr.over)) table) { display: none }
 @CLASSES@
 """
-COLUMNS = (("stage", "25%"), ("shape", "11%"), ("max |a-b|", "8%"), ("relative", "9%"), ("cosine", "9%"),
-           ("tolerance", "7%"), ("", "9%"), ("where the difference lies", "22%"))  # fmt: skip
+COLUMNS = (("stage", "25%"), ("shape", "11%"), ("max |a-b|", "8%"), ("relative", "9%"), ("cosine", "10%"),
+           ("tolerance", "8%"), ("", "8%"), ("where the difference lies", "21%"))  # fmt: skip
 
 
 def html_report(found: Comparison, about: tuple[Mapping[str, str], Mapping[str, str]], passes: bool) -> str:
@@ -122,9 +126,11 @@ def html_report(found: Comparison, about: tuple[Mapping[str, str], Mapping[str, 
     ]
     if found.rows:
         body.append("<h2>Relative difference of each stage, in the order of the run</h2>")
-        body += [_plot(found.rows, found.first_over), _controls(), *_sections(found)]
+        body.append(f'<div class="wide">{_plot(found.rows, found.first_over)}</div>')
+        body += [_controls(), *_sections(found)]
     body += _only(found)
-    head = f'<meta charset="utf-8"><title>flux-sd compare</title><style>{_style()}</style>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'  # for telephones
+    head = f'<meta charset="utf-8">{view}<title>flux-sd compare</title><style>{_style()}</style>'
     lines = ["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>", ""]
     return "\n".join(lines)
 
@@ -214,9 +220,11 @@ def _ticks(rows: Sequence[Row]) -> Iterator[str]:
     for name, section in groupby(rows, key=_section):
         x = LEFT + begin * (WIDTH - LEFT) / len(rows)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - 14}"/>'
-        if x >= room:  # a label is left out where it would cover the one before
-            yield f'<text x="{x + 3:.1f}" y="{HEIGHT - 6}">{escape(name)}</text>'
-            room = x + 7 * len(name) + 8
+        length = 7 * len(name)
+        at = min(x + 3, WIDTH - length)
+        if at >= room:  # a label is left out where it would cover the one before
+            yield f'<text x="{at:.1f}" y="{HEIGHT - 6}">{escape(name)}</text>'
+            room = at + length + 5
         begin += len(list(section))
 
 
@@ -255,8 +263,9 @@ def _sections(found: Comparison) -> Iterator[str]:
         size = f"{len(rows)} stage{'s' * (len(rows) > 1)}, at most {worst:.2g}"
         yield (
             f'<details{opened}><summary><b>{escape(name)}</b><span class="size">{size}</span>{count}'
-            f'<div class="lane">{lane}</div></summary><table class="stages"><colgroup>{columns}</colgroup>'
-            f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></details>"
+            f'<div class="lane">{lane}</div></summary>'
+            f'<div class="wide"><table class="stages"><colgroup>{columns}</colgroup>'
+            f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div></details>"
         )
 
 
@@ -274,13 +283,14 @@ def _section(row: Row) -> str:
 def _line(row: Row, first: bool) -> str:
     kinds = [f"{row.verdict} pass" if row.passes else "over", "first" if first else ""]
     anchor = ' id="first"' if first else ""
+    name = escape(row.name).replace(".", ".<wbr>")  # a long one may go on in the next line
     title = escape(" = ".join(dict.fromkeys([row.name, *row.names])))
     where, numbers = f"A: {_shape(row.shapes[0])}", ["", "", ""]
     if row.verdict != "shape":
         where = _strip(row.strip)
         numbers = [f"{row.max_abs:.3g}", f"{row.relative:.3g}", f"{row.cosine:.8f}"]
     cells = [
-        f'<td class="stage" title="{title}">{escape(row.name)}</td>',
+        f'<td class="stage" title="{title}">{name}</td>',
         f'<td class="shape n">{_shape(row.shapes[1])}</td><td class="n">{numbers[0]}</td>',
         f'<td class="n rel" style="--w:{_share(row.relative):.0%}">{numbers[1]}</td>',
         f'<td class="n">{numbers[2]}</td><td class="n">{row.tolerance:g}</td>',

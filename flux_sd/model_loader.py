@@ -177,8 +177,7 @@ def load_model(
     file with several components. transformer, t5, clip, vae: files or folders in place of those of `path` or,
     without one, of the version's released files. keep_loaded: networks stay between requests. decode: packed
     weights are decoded "on_use" or "on_load", for the same picture. fill_from: gives an incomplete file what
-    it lacks. quantized: the model's own quantised transformer. Raises a FluxSdError that says what is wrong
-    with which file.
+    it lacks. quantized: the model's own quantised transformer. Raises FluxSdErrors that name the file.
     """
     own = {"path": path, "transformer": transformer, "t5": t5, "clip": clip, "vae": vae}
     own |= {"clip_tokenizer": clip_tokenizer, "t5_tokenizer": t5_tokenizer}

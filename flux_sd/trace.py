@@ -43,16 +43,16 @@ BLOCKS: Mapping[str, Sequence[str]] = {
     "transformer": ("*_in", "double_blocks.*", "single_blocks.*", "final_layer"),
     "vae": ("decoder.conv_in", "decoder.mid.*", "decoder.up.*.block.*", "decoder.up.*", "decoder.*_out"),
 }
-# Networks that run alone, and the component that each is.
-STAGES: Mapping[str, str] = {"clip": "clip", "t5": "t5", "transformer": "transformer", "vae-decode": "vae"}
-# What is tapped before and after a network; the transformer's names have the step in them.
-ENDS = {"clip": ("clip.ids", "clip.pooled"), "t5": ("t5.ids", "t5.hidden"), "vae": ("latents", "image")}
 DEFAULT = "default"  # the pattern that stands for those
 # What `candle_reference run` writes (tools/candle_reference/src/run/flux.rs).
 CANDLE = (
     "t5.ids", "t5.hidden", "clip.ids", "clip.pooled", "noise", "packed", "timesteps",
     "step.*.latents", "step.*.velocity", "latents", "image", "pixels",
 )  # fmt: skip
+# Networks that run alone, and the component that each is.
+STAGES: Mapping[str, str] = {"clip": "clip", "t5": "t5", "transformer": "transformer", "vae-decode": "vae"}
+# What is tapped before and after a network; the transformer's names have the step in them.
+ENDS = {"clip": ("clip.ids", "clip.pooled"), "t5": ("t5.ids", "t5.hidden"), "vae": ("latents", "image")}
 HEADER_BYTES = 160  # of a tensor in the header of a file, besides its name
 
 

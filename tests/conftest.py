@@ -1,4 +1,4 @@
-"""What every test runs under (no network beyond loopback, two threads at most), and shared fixtures."""
+"""What every test runs under (no network beyond loopback, few threads), and shared fixtures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ import flux_sd
 ROOT = Path(__file__).parent.parent
 TINY_FLUX = ROOT / "flux_sd" / "models" / "tiny_flux"
 
-# Timings and thread-dependent sums should not differ between a laptop and a big server.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: tensors here are small, and threads that wait for each other beside other work on the
+    machine take several times as long. Two for the slow tests, whose tensors are large. The same on a laptop
+    and on a big server, so that sums come in the same order."""
+    threads = min(2, torch.get_num_threads()) if config.getoption("markexpr") == "slow" else 1
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the programs that tests start
 
 
 @pytest.fixture(scope="session")

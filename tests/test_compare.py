@@ -253,8 +253,11 @@ def test_the_order_is_that_of_the_run(tmp_path: Path) -> None:
 
 
 def test_only_stages_that_match(tmp_path: Path) -> None:
-    found = compared(tmp_path, TWO, {**TWO, "z": torch.ones(1)}, patterns=["step.*", "none"])
-    assert [row.name for row in found.rows] == ["step.0.img"] and found.only == ((), ())
+    both = (tmp_path, TWO, {**TWO, "z": torch.ones(1)})
+    found = compared(*both, patterns=["step.*", "z"])
+    assert [row.name for row in found.rows] == ["step.0.img"] and found.only == ((), ("z",))
+    with pytest.raises(RequestError, match="no stage of either file matches 'none'"):  # a slip of the pen
+        compared(*both, patterns=["step.*", "none"])
 
 
 def test_tolerances_by_pattern(tmp_path: Path) -> None:
@@ -375,7 +378,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
-        if tag not in ("meta", "col", "input"):
+        if tag not in ("meta", "col", "input", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
