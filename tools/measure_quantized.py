@@ -10,7 +10,8 @@ or two encodings of a whole prompt. The other networks are files of zeros, check
 
 `peak` is that process's VmHWM, Python, torch and mapped file pages included. What is promised:
 peak <= 1.10 x file + 1.2 GB. `decoding` is the time inside `dequantize` over that of the second run, whose
-pages are in memory.
+pages are in memory. Where other programs keep a core busy, torch's threads wait for each other: seconds are
+then only worth comparing under OMP_WAIT_POLICY=PASSIVE, and are longer all the same.
 """
 
 from __future__ import annotations
