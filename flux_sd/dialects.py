@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from .checkpoint import Checkpoint
 from .errors import RequestError, WeightMapError
 from .load_plan import Piece, PlannedParameter, left_over, place
+from .targets import EMBEDDINGS
+from .tensor_info import FLOAT8
 from .weight_map import TITLES, Row, WeightMap, find_map, identify, load_maps, recognise_other
 
 LISTED = 5  # names in a message; WeightMapError.problems has all
@@ -67,7 +69,8 @@ def translate(
 
     Reads headers only. What the file lacks, the result lacks; sizes come from the file. Raises RequestError
     for a file of several components where none is chosen and for an unknown dialect; WeightMapError for a
-    file of no known layout, for tensors that no row uses, and for a dialect that cannot be written.
+    file of no known layout, for tensors that no row uses, for fp8 that lost its scale, and for a dialect that
+    cannot be written.
     """
     component = component or _only_component(checkpoint)
     found, prefix = find_map(component, checkpoint.infos.keys(), checkpoint.label)
@@ -76,14 +79,28 @@ def translate(
     parameters = _parameters(found, prefix, config, checkpoint)
     used = {source for parameter in parameters.values() for source in parameter.row.sources}
     ignored, problems = left_over(found, prefix, used, checkpoint)
-    if problems:
-        texts = [problem.text for problem in problems]
+    texts = [problem.text for problem in problems]
+    texts += _unscaled(parameters.values(), EMBEDDINGS.get(component, ()), checkpoint)
+    if texts:
         raise WeightMapError(f"{checkpoint.label} ({found.name}): {_some(texts)}", texts)
     parts = undo_all(wanted, config, {name: parameter.shape for name, parameter in parameters.items()})
     order = {name: index for index, name in enumerate(checkpoint.infos)}
     tensors = [_gather(name, group, parameters) for name, group in parts.items()]
-    tensors.sort(key=lambda tensor: min(order[source] for source in tensor.sources))
+    tensors.sort(key=lambda tensor: min((order[source] for source in tensor.sources), default=0))
     return Translation(found, prefix, wanted, tuple(tensors), ignored)
+
+
+def _unscaled(
+    parameters: Iterable[PlannedParameter], embeddings: tuple[str, ...], checkpoint: Checkpoint
+) -> list[str]:
+    """What is wrong with fp8 matrices that lack a scale where others have one: their values mean nothing."""
+    matrices = [p for p in parameters if len(p.shape) == 2 and not p.target.startswith(embeddings)]
+    sources = dict.fromkeys(piece.source for parameter in matrices for piece in parameter.pieces)
+    fp8 = [info for info in map(checkpoint.info, sources) if info.dtype in FLOAT8]
+    lacking = [info.name for info in fp8 if info.scale is None]
+    if len(lacking) == len(fp8):
+        return []
+    return [f"missing: a scale for the fp8 weight {name}, as others have" for name in lacking]
 
 
 def _some(texts: Collection[str]) -> str:

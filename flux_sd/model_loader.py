@@ -288,7 +288,7 @@ def _quantized_files(info: VersionInfo, given: Mapping[str, Path]) -> FluxFiles:
         )
     if given:
         raise RequestError(
-            f"--quantized takes {info.key}'s own files, but {' and '.join(given)} was given: leave one out"
+            f"--quantized takes {info.key}'s own files: leave out either that or {' and '.join(given)}"
         )
     folder = embedded_folder(info)
     return find_files(folder, {"transformer": folder / QUANTIZED})

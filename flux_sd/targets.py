@@ -47,14 +47,21 @@ _ALL = (
 )
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _ALL})
 
+# Matrices of which rows are looked up, by component and by how our names begin.
+EMBEDDINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "t5": ("shared.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
+        "clip": ("text_model.embeddings.",),
+    }
+)
 # What stays in 16 bits when a file is quantised, by component and by how our names begin. FLUX: as the
 # quantise step of city96/ComfyUI-GGUF. T5: llama.cpp never quantises attn_rel_b. CLIP: stable-diffusion.cpp
 # keeps every embedding.
 KEPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "flux_mmdit": ("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
-        "t5": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.",),
-        "clip": ("text_model.embeddings.",),
+        "t5": EMBEDDINGS["t5"][1:],
+        "clip": EMBEDDINGS["clip"],
     }
 )
 # One scale, or none, has to do for a whole fp8 matrix: an embedding's rare rows would lose most.

@@ -98,7 +98,7 @@ def test_quantized_paints_nearly_the_same_picture_from_packed_weights(
         ),
         (
             {"version": "tiny-flux", "quantized": True, "vae": "ae.safetensors"},
-            "files, but vae was given: leave one out",
+            "own files: leave out either that or vae",
         ),
         ({"decode": "soon"}, "decode 'soon' is unknown: choose on_use or on_load"),
     ],

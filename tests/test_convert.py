@@ -351,6 +351,18 @@ def test_quantised_sources_are_decoded(name: str, sources: dict[str, Path], tmp_
     assert any(TARGETS[name].type in note for note in done.notes)
 
 
+def test_a_matrix_that_lost_its_scale_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
+    convert(sources["flux_mmdit"], tmp_path / "x.safetensors", "safetensors:f8_e4m3_scaled")
+    stored = load_file(tmp_path / "x.safetensors")
+    del stored["double_blocks.0.img_attn.proj.scale_weight"]
+    write.save(stored, tmp_path / "y.safetensors")
+    with pytest.raises(
+        WeightMapError, match=r"scale for the fp8 weight double_blocks\.0\.img_attn\.proj\.weight"
+    ):
+        convert(tmp_path / "y.safetensors", tmp_path / "z.safetensors", "safetensors:f32")
+    assert not (tmp_path / "z.safetensors").exists()
+
+
 def test_scales_bring_the_largest_value_to_the_end_of_the_range(tmp_path: Path) -> None:
     state = write.random_state("t5", CONFIGS["t5"])
     huge, zero = (f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in (0, 1))
