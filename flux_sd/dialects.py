@@ -14,9 +14,8 @@ from types import SimpleNamespace
 
 from .checkpoint import Checkpoint
 from .errors import RequestError, WeightMapError
-from .load_plan import Piece, PlannedParameter, left_over, place
+from .load_plan import Piece, PlannedParameter, left_over, lost_scales, place
 from .targets import EMBEDDINGS
-from .tensor_info import FLOAT8
 from .weight_map import TITLES, Row, WeightMap, find_map, identify, load_maps, recognise_other
 
 LISTED = 5  # names in a message; WeightMapError.problems has all
@@ -80,7 +79,9 @@ def translate(
     used = {source for parameter in parameters.values() for source in parameter.row.sources}
     ignored, problems = left_over(found, prefix, used, checkpoint)
     texts = [problem.text for problem in problems]
-    texts += _unscaled(parameters.values(), EMBEDDINGS.get(component, ()), checkpoint)
+    embeddings = EMBEDDINGS.get(component, ())
+    matrices = [p for p in parameters.values() if len(p.shape) == 2 and not p.target.startswith(embeddings)]
+    texts += lost_scales((piece.source for p in matrices for piece in p.pieces), checkpoint).values()
     if texts:
         raise WeightMapError(f"{checkpoint.label} ({found.name}): {_some(texts)}", texts)
     parts = undo_all(wanted, config, {name: parameter.shape for name, parameter in parameters.items()})
@@ -88,19 +89,6 @@ def translate(
     tensors = [_gather(name, group, parameters) for name, group in parts.items()]
     tensors.sort(key=lambda tensor: min((order[source] for source in tensor.sources), default=0))
     return Translation(found, prefix, wanted, tuple(tensors), ignored)
-
-
-def _unscaled(
-    parameters: Iterable[PlannedParameter], embeddings: tuple[str, ...], checkpoint: Checkpoint
-) -> list[str]:
-    """What is wrong with fp8 matrices that lack a scale where others have one: their values mean nothing."""
-    matrices = [p for p in parameters if len(p.shape) == 2 and not p.target.startswith(embeddings)]
-    sources = dict.fromkeys(piece.source for parameter in matrices for piece in parameter.pieces)
-    fp8 = [info for info in map(checkpoint.info, sources) if info.dtype in FLOAT8]
-    lacking = [info.name for info in fp8 if info.scale is None]
-    if len(lacking) == len(fp8):
-        return []
-    return [f"missing: a scale for the fp8 weight {name}, as others have" for name in lacking]
 
 
 def _some(texts: Collection[str]) -> str:

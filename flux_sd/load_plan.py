@@ -354,21 +354,21 @@ def _misused(planned: Iterable[PlannedParameter], checkpoint: Checkpoint) -> lis
 def _unscaled(
     planned: Iterable[PlannedParameter], module: nn.Module, prefix: str, checkpoint: Checkpoint
 ) -> list[Problem]:
-    """Linears in fp8 that lack a scale where others of the component have one.
-
-    Without it their values mean nothing, and they would load. Embeddings have none in any layout.
-    """
+    """See `lost_scales`; for the linears, since embeddings have no scale in any layout."""
     linears = {f"{path}.weight" for path, layer in module.named_modules() if type(layer) is nn.Linear}
     pieces = [piece for p in planned if p.target in linears for piece in p.pieces if not piece.filled]
-    infos = {piece.source: checkpoint.info(piece.source) for piece in pieces}
-    fp8 = [info for info in infos.values() if info.dtype in FLOAT8]
+    lost = lost_scales((piece.source for piece in pieces), checkpoint)
+    return [Problem("missing", name[len(prefix) :], text) for name, text in lost.items()]
+
+
+def lost_scales(sources: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """What is wrong, by name, with fp8 weights that lack a scale where others among `sources` have one: their
+    values mean nothing, and they would load."""
+    fp8 = [info for info in map(checkpoint.info, dict.fromkeys(sources)) if info.dtype in FLOAT8]
     lacking = [info.name for info in fp8 if info.scale is None]
     if len(lacking) == len(fp8):
-        return []
-    return [
-        Problem("missing", name[len(prefix) :], f"missing: a scale for the fp8 weight {name}, as others have")
-        for name in lacking
-    ]
+        return {}
+    return {name: f"missing: a scale for the fp8 weight {name}, as others have" for name in lacking}
 
 
 def left_over(
