@@ -57,6 +57,11 @@ class AutoEncoderConfig:
         """The autoencoder of the embedded model; scale and shift were measured at the end of its training."""
         return cls(128, 3, 32, 3, (2, 2, 2, 4), 1, 16, 0.854, -0.0002)
 
+    @classmethod
+    def tiny_sd(cls) -> "AutoEncoderConfig":
+        """The embedded Stable Diffusion model's; its scale was measured at the end of its training."""
+        return cls(128, 3, 32, 3, (1, 2, 2, 2), 1, 4, 0.8456, 0.0, use_quant_conv=True)
+
     @property
     def downsampling(self) -> int:
         """How many pixels one latent position spans in each direction."""
@@ -247,17 +252,28 @@ class AutoEncoder(nn.Module):
 
     def moments(self, x: Tensor) -> Tensor:
         """x [B,3,H,W] in -1..1 -> mean and log variance [B,2Z,H/8,W/8], unscaled"""
-        moments: Tensor = self.encoder(x)
+        return self.quantised(self.encoder(x))
+
+    def quantised(self, moments: Tensor) -> Tensor:
+        """What the encoder gives [B,2Z,H/8,W/8] -> the same behind the 1x1 convolution, where there is one"""
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x [B,3,H,W] in -1..1 -> latents [B,Z,H/8,W/8]: the mean, or with `noise` (same shape) a sample"""
-        mean, logvar = self.moments(x).chunk(2, dim=1)  # [B,2Z,h,w] -> 2 of [B,Z,h,w]
+        return self.latents(self.moments(x), noise)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """mean and log variance [B,2Z,H/8,W/8] -> latents [B,Z,H/8,W/8], see `encode`"""
+        mean, logvar = moments.chunk(2, dim=1)  # [B,2Z,h,w] -> 2 of [B,Z,h,w]
         z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return (z - self.config.shift_factor) * self.config.scale_factor
 
+    def codes(self, z: Tensor) -> Tensor:
+        """latents [B,Z,H/8,W/8] -> what the decoder takes, of the same shape"""
+        z = z / self.config.scale_factor + self.config.shift_factor
+        return z if self.post_quant_conv is None else self.post_quant_conv(z)
+
     def decode(self, z: Tensor) -> Tensor:
         """latents [B,Z,H/8,W/8] -> [B,3,H,W], about -1..1 (not clamped)"""
-        z = z / self.config.scale_factor + self.config.shift_factor
-        image: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        image: Tensor = self.decoder(self.codes(z))
         return image

@@ -1,11 +1,11 @@
 """Checkpoints on disk behind one interface: names, shapes, stored types, and tensors read as they are wanted.
 
-Floor 2. `open_checkpoint` takes a safetensors or GGUF file, several of them, a shard index or a folder that
-holds one of those, reads headers only, and trusts nothing in them. Tensors come from a memory map, a piece at
-a time, and the pages of a piece are given back once it has been copied or decoded, so that loading needs what
-stays plus one piece.
+Floor 2. `open_checkpoint` takes a safetensors, GGUF or torch file, several of them, a shard index or a folder
+that holds one of those, reads headers only, and trusts nothing in them. Tensors come from a memory map, a
+piece at a time, and the pages of a piece are given back once it has been copied or decoded, so that loading
+needs what stays plus one piece.
 
-The two containers are confined to `read_header`; all else sees `TensorInfo` alone. Weights that are not yet
+The containers are confined to `read_header`; all else sees `TensorInfo` alone. Weights that are not yet
 numbers (GGML blocks, fp8 with scales) are decoded by `read` and `copy_into`; `mapped` and `scale` give them
 as they are stored. Counterparts in Candle: `VarBuilder::from_mmaped_safetensors`, `from_gguf`.
 """
@@ -30,12 +30,14 @@ from .ggml_types import GGML_TYPES, PLAIN, row_bytes
 from .gguf_dequant import SUPPORTED, dequantize
 from .gguf_header import MAGIC, read_gguf_header, read_gguf_metadata
 from .gguf_header import SUFFIX as GGUF
-from .safetensors_header import MAX_HEADER, PICKLE_SUFFIXES, parse_json, read_safetensors_header
+from .pickle_reader import SUFFIXES as PICKLES
+from .pickle_reader import is_pickle, read_pickle_header
+from .safetensors_header import MAX_HEADER, parse_json, read_safetensors_header
 from .safetensors_header import SUFFIXES as SAFETENSORS
 from .tensor_info import MAX_NAME, Header, TensorInfo, is_name
 
 SUFFIXES = (*SAFETENSORS, GGUF)
-INDEX_MARK = ".safetensors.index."
+INDEX_MARKS = (".safetensors.index.", ".bin.index.")
 GGUF_TYPES = tuple(dict.fromkeys((*PLAIN, *SUPPORTED)))  # what a tensor of a GGUF file may be
 PIECE = 16 * 2**20  # bytes, as numbers, that are copied between two releases of pages
 
@@ -49,14 +51,16 @@ class Checkpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         self._closed = False
         self._stored: dict[str, TensorInfo] = {}  # every tensor of the files
+        self._held: dict[str, Tensor] = {}  # those of them that torch has, see pickle_reader.py
         for header in headers:
             self.metadata.update(header.metadata)
+            self._held.update(header.held)
             for info in header.infos:
                 if info.name in self._stored:
                     other = self._stored[info.name].file
                     raise CheckpointError(f"{other} and {info.file} both hold {info.name!r}: give one")
                 self._stored[info.name] = info
-        self._infos, self._absorbed = find_scales(self._stored, self.metadata, _small_bytes, self.label)
+        self._infos, self._absorbed = find_scales(self._stored, self.metadata, self._small, self.label)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -142,7 +146,8 @@ class Checkpoint:
             values = _decode(stored[head:tail], info, scale, first // unit, out.device)
             begin, stop = max(first, start), min(last, end)
             out[begin - start : stop - start].copy_(values[begin - first : stop - first])
-            self._release(info.file, info.offset + head, info.offset + tail)
+            if name not in self._held:
+                self._release(info.file, info.offset + head, info.offset + tail)
 
     def gguf_metadata(self, keys: Collection[str]) -> dict[str, Any]:
         """Key-value pairs of the GGUF files among the files, arrays included; read anew at each call."""
@@ -156,7 +161,8 @@ class Checkpoint:
         """Gives back the file pages of one tensor, or of all; they are read again when touched again."""
         if name is not None:
             info = self.info(name)
-            self._release(info.file, info.offset, info.offset + info.nbytes)
+            if name not in self._held:
+                self._release(info.file, info.offset, info.offset + info.nbytes)
             return
         for path, mapping in self._maps.items():
             self._release(path, 0, len(mapping))
@@ -168,6 +174,7 @@ class Checkpoint:
         at memory that is gone.
         """
         self._maps.clear()
+        self._held.clear()
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -177,10 +184,23 @@ class Checkpoint:
         self.close()
 
     def _bytes(self, info: TensorInfo) -> Tensor:
-        """uint8 [nbytes] on the file."""
+        """uint8 [nbytes] on the file, or of what torch has of it."""
         if info.nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
+        if info.name in self._held:
+            return self._held[info.name].contiguous().view(-1).view(torch.uint8)
         return _view_bytes(self._mapping(info.file), info.offset, info.nbytes)
+
+    def _small(self, info: TensorInfo) -> bytes:
+        """The bytes of a tensor that is read while a checkpoint is opened."""
+        if info.name in self._held:
+            return bytes(self._bytes(info).numpy())
+        try:
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                return file.read(info.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}") from error
 
     def _mapping(self, path: Path) -> mmap.mmap:
         if self._closed:
@@ -191,7 +211,8 @@ class Checkpoint:
                     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-            last = max(info.offset + info.nbytes for info in self._stored.values() if info.file == path)
+            own = (i for i in self._stored.values() if i.file == path and i.name not in self._held)
+            last = max(info.offset + info.nbytes for info in own)
             if len(mapping) < last:
                 mapping.close()
                 raise CheckpointError(f"{path} became shorter since its header was read; open it again")
@@ -214,16 +235,6 @@ def _view_bytes(mapping: mmap.mmap, offset: int, nbytes: int) -> Tensor:
         # kernel counts it against memory and refuses files larger than the machine has.
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset)
-
-
-def _small_bytes(info: TensorInfo) -> bytes:
-    """The bytes of a tensor that is read while a checkpoint is opened."""
-    try:
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            return file.read(info.nbytes)
-    except OSError as error:
-        raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -298,7 +309,9 @@ def open_checkpoint(paths: Path | str | Sequence[Path | str]) -> Checkpoint:
 def read_header(path: Path) -> Header:
     """The checked header of one file, whose first bytes tell its container. Reads nothing else of it."""
     _check_file(path)
-    return read_gguf_header(path, GGUF_TYPES) if _is_gguf(path) else read_safetensors_header(path)
+    if _is_gguf(path):
+        return read_gguf_header(path, GGUF_TYPES)
+    return read_pickle_header(path) if is_pickle(path) else read_safetensors_header(path)
 
 
 def _check_file(path: Path) -> None:
@@ -331,9 +344,7 @@ def _resolve(path: Path) -> tuple[Path | None, list[Path]]:
     if os.path.isdir(path):  # unlike Path.is_dir, it fails for no name
         found = folder_candidates(path)
         if not found:
-            raise MissingFileError(
-                f"the folder {path} holds no .safetensors or .gguf file" + _other_weights(path)
-            )
+            raise MissingFileError(f"the folder {path} holds no .safetensors or .gguf file")
         if len(found) > 1:
             names = " and ".join(candidate[0].name for candidate in found)
             raise AmbiguousFileError(f"the folder {path} holds {names}: give the one to load as a file")
@@ -341,16 +352,26 @@ def _resolve(path: Path) -> tuple[Path | None, list[Path]]:
             return None, _complete(found[0])
         path = found[0][0]
     _check_file(path)
-    if INDEX_MARK in path.name and path.suffix == ".json":
+    if _is_index(path):
         return path, _shards(path)
     return None, [path]
 
 
 def folder_candidates(folder: Path) -> list[tuple[Path, ...]]:
-    """What in a folder could be the checkpoint: an index, a single file, or shards without an index."""
+    """What in a folder could be the checkpoint: an index, a single file, or shards without an index.
+
+    Pickles count where there is nothing else: many repositories have the weights both ways."""
     files = sorted(path for path in _listed(folder) if os.path.isfile(path))
-    indexes = [path for path in files if INDEX_MARK in path.name and path.suffix == ".json"]
-    weights = [path for path in files if path.suffix in SUFFIXES]
+    return _candidates(files, SUFFIXES, INDEX_MARKS[0]) or _candidates(files, PICKLES, INDEX_MARKS[1])
+
+
+def _is_index(path: Path) -> bool:
+    return path.suffix == ".json" and any(mark in path.name for mark in INDEX_MARKS)
+
+
+def _candidates(files: Sequence[Path], suffixes: Collection[str], mark: str) -> list[tuple[Path, ...]]:
+    indexes = [path for path in files if mark in path.name and path.suffix == ".json"]
+    weights = [path for path in files if path.suffix in suffixes]
     sets: dict[tuple[str, str], list[Path]] = {}  # (name, container) -> shards
     for path in weights:
         number = _shard_number(path)
@@ -387,11 +408,6 @@ def _complete(shards: Sequence[Path]) -> list[Path]:
         listed = ", ".join(missing) or "one"
         raise MissingFileError(f"shard {listed} of {count} is missing beside {shards[0]}")
     return [numbers[i] for i in sorted(numbers)]
-
-
-def _other_weights(folder: Path) -> str:
-    names = sorted(path.name for path in _listed(folder) if path.suffix in PICKLE_SUFFIXES)
-    return f"; {names[0]} is a pickle, which is not read" if names else ""
 
 
 def _check_split(files: Sequence[Path], headers: Sequence[Header]) -> None:

@@ -54,6 +54,11 @@ class ClipTextConfig:
         return cls(1024, 256, 512, 2, 4, "quick_gelu")
 
     @classmethod
+    def tiny_sd(cls) -> ClipTextConfig:
+        """The embedded Stable Diffusion model's."""
+        return cls(1024, 128, 256, 2, 4, "quick_gelu")
+
+    @classmethod
     def tiny(cls, activation: Activation = "quick_gelu", projection_dim: int | None = None) -> ClipTextConfig:
         """For tests: the sizes of the golden cases."""
         return cls(512, 64, 256, 3, 4, activation, projection_dim=projection_dim)

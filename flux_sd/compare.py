@@ -31,8 +31,11 @@ CELLS = 96  # of a heat strip
 PIECE = 2**20  # elements of either tensor in memory at a time
 Verdict = Literal["equal", "within", "over", "not finite", "shape"]
 # In which order stages of unknown origin are shown; what is not listed comes in its place by number and name.
-USUAL_ORDER = ("clip.ids", "t5.ids", "clip", "t5", "noise", "packed", "timesteps", "step", "latents", "vae",
-               "image", "pixels")  # fmt: skip
+USUAL_ORDER = (
+    "ids", "ids_2", "uncond.clip.ids", "uncond.clip_2.ids", "clip.ids", "clip_2.ids", "t5.ids", "init",
+    "masked", "mask", "uncond", "clip", "clip_2", "t5", "hidden", "noise", "packed", "timesteps", "step",
+    "latents", "vae", "image", "pixels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,21 @@ class StageNeed:
     packed: int = 0  # of the parameters, how many stay packed
     packed_bytes: int = 0  # and what these take
     unpacks: bool = False  # packed weights are decoded at load because that was asked for
+    wide: bool = False  # computes in float32 whatever the model's dtype
 
     def weight_bytes(self, dtype: torch.dtype, stored: bool = False) -> int:
         """What its weights take in memory: `stored` as the file has them, else what is not packed in
         `dtype`."""
         if stored:
             return self.stored_bytes
-        return (self.parameters - self.packed) * dtype.itemsize + self.packed_bytes
+        return (self.parameters - self.packed) * self._itemsize(dtype) + self.packed_bytes
+
+    def activation_bytes(self, dtype: torch.dtype) -> int:
+        """What its activations take."""
+        return self.activations * self._itemsize(dtype) // 4
+
+    def _itemsize(self, dtype: torch.dtype) -> int:
+        return 4 if self.wide else dtype.itemsize
 
 
 def choose_device(name: str) -> torch.device:
@@ -111,7 +119,7 @@ def place(
     weights = {need.role: need.weight_bytes(dtype) for need in needs}
     stored: list[StageNeed] = []
     for stage in [needs] if together else [[need] for need in needs]:
-        activations = max(need.activations for need in stage) * dtype.itemsize // 4 + OVERHEAD
+        activations = max(need.activation_bytes(dtype) for need in stage) + OVERHEAD
         activations += SCRATCH if any(need.packed for need in stage) else 0
         while (wanted := sum(weights[need.role] for need in stage) + activations) > available:
             smaller = [need for need in stage if need.widens and need.stored_bytes < weights[need.role]]

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .errors import RequestError, WeightMapError
 from .load_plan import Piece, PlannedParameter, left_over, lost_scales, place
 from .targets import EMBEDDINGS
-from .weight_map import TITLES, Row, WeightMap, find_map, identify, load_maps, recognise_other
+from .weight_map import TITLES, Hit, Row, WeightMap, find_parts, identify, load_maps, recognise_other
 
 LISTED = 5  # names in a message; WeightMapError.problems has all
 
@@ -66,13 +66,14 @@ def translate(
 ) -> Translation:
     """Every tensor of `component` under the names of `dialect` (None: as in the file), without a prefix.
 
-    Reads headers only. What the file lacks, the result lacks; sizes come from the file. Raises RequestError
-    for a file of several components where none is chosen and for an unknown dialect; WeightMapError for a
+    Reads headers only. What the file lacks, the result lacks; sizes come from the file. Of two of a kind, as
+    SDXL's text encoders, `component` names one by its map, such as clip.openclip. Raises RequestError for a
+    file of several components where none is chosen and for an unknown dialect; WeightMapError for a
     file of no known layout, for tensors that no row uses, for fp8 that lost its scale, and for a dialect that
     cannot be written.
     """
-    component = component or _only_component(checkpoint)
-    found, prefix = find_map(component, checkpoint.infos.keys(), checkpoint.label)
+    found, prefix = _chosen(component or _only_component(checkpoint), checkpoint)
+    component = found.component
     wanted = found if dialect is None else _map_of(component, dialect)
     config = _sizes(found, prefix, checkpoint)
     parameters = _parameters(found, prefix, config, checkpoint)
@@ -84,7 +85,9 @@ def translate(
     texts += lost_scales((piece.source for p in matrices for piece in p.pieces), checkpoint).values()
     if texts:
         raise WeightMapError(f"{checkpoint.label} ({found.name}): {_some(texts)}", texts)
-    parts = undo_all(wanted, config, {name: parameter.shape for name, parameter in parameters.items()})
+    sizes = vars(config) | wanted.counts(parameters.keys(), every=True, ours=True)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    parts = undo_all(wanted, SimpleNamespace(**sizes), shapes)
     order = {name: index for index, name in enumerate(checkpoint.infos)}
     tensors = [_gather(name, group, parameters) for name, group in parts.items()]
     tensors.sort(key=lambda tensor: min((order[source] for source in tensor.sources), default=0))
@@ -94,6 +97,18 @@ def translate(
 def _some(texts: Collection[str]) -> str:
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
     return "; ".join(itertools.islice(texts, LISTED)) + more
+
+
+def _chosen(name: str, checkpoint: Checkpoint) -> tuple[WeightMap, str]:
+    """The map of the component called `name`, or the map of that name, and its prefix in the file."""
+    component, dot, _ = name.partition(".")
+    hits = find_parts(component, checkpoint.infos.keys(), checkpoint.label)
+    fitting: list[Hit] = [hit for hit in hits if not dot or hit.map.name == name]
+    if len(fitting) != 1:
+        there = " and ".join(map(str, hits))
+        choices = " or ".join(dict.fromkeys(hit.map.name for hit in hits))
+        raise RequestError(f"{checkpoint.label} holds {there}: choose one with --component {choices}")
+    return fitting[0].map, fitting[0].prefix
 
 
 def _only_component(checkpoint: Checkpoint) -> str:
@@ -127,7 +142,7 @@ def _map_of(component: str, dialect: str) -> WeightMap:
 def _sizes(found: WeightMap, prefix: str, checkpoint: Checkpoint) -> SimpleNamespace:
     """What the maps ask of a config (numbers of blocks and levels), counted in the file."""
     names = [name[len(prefix) :] for name in checkpoint.infos if name.startswith(prefix)]
-    counts = found.counts(names)
+    counts = found.counts(names, every=True)
     for what, count in counts.items():
         if count > len(names):  # else a header of one odd name would be expanded to millions of rows
             text = f"its numbers say that {what} is {count}, it has {len(names)} tensors"
@@ -172,7 +187,7 @@ def undo(row: Row, shape: tuple[int, ...], part_rows: int | None = None) -> list
     rows = shape[0] if shape else 1
     name = row.sources[0]
     match row.operation:
-        case "copy" | "conv_1x1":
+        case "copy" | "conv_1x1" | "either_1x1":
             return [Part(name, shape, row.target, 0, rows, 0)]
         case "cat":
             return _undo_cat(row, shape, part_rows)

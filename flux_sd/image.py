@@ -14,20 +14,35 @@ import json
 import math
 import os
 import secrets
+import struct
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import NonFiniteError, OutputError
+from .errors import NonFiniteError, OutputError, RequestError
 
 RECORD_KEY = "flux_sd"  # PNG text chunk: the whole record as one line of JSON, in ASCII
 SUMMARY_KEY = "Description"  # PNG text chunk, a keyword of the PNG standard: the same for human eyes
 MAX_NAME = 255  # bytes of a file name, on the usual file systems
+MAX_LEVEL = 65_535  # white in 16 bits
+# What Pillow's readers raise, besides OSError, for bytes that make no sense.
+DAMAGED = (
+    SyntaxError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+)
+FITS = ("refuse", "crop", "stretch")  # what may be done to a picture of other proportions
 Rounding = Literal["round", "truncate"]
 
 
@@ -49,12 +64,9 @@ def to_picture(image: Tensor, rounding: Rounding = "round") -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """Any picture -> float32 [3,H,W] in -1..1; transparent parts are laid over white."""
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+def to_unit(picture: Image.Image) -> Tensor:
+    """Any picture -> float32 [3,H,W] in -1..1, by way of `to_rgb`."""
+    pixels = np.asarray(to_rgb(picture), dtype=np.float32)
     return torch.from_numpy(pixels / np.float32(127.5) - np.float32(1.0)).permute(2, 0, 1).contiguous()
 
 
@@ -69,6 +81,98 @@ def difference(ours: Image.Image, theirs: Image.Image) -> tuple[int, int]:
     a, b = (np.asarray(p.convert("RGB"), dtype=np.int16) for p in (ours, theirs))
     gap = np.abs(a - b).max(axis=2)  # [H,W,3] -> [H,W]
     return int(np.count_nonzero(gap)), int(gap.max(initial=0))
+
+
+# ----------------------------------------------------------------------------------- pictures in
+
+
+def to_rgb(picture: Image.Image, ground: str = "white") -> Image.Image:
+    """Any picture -> 8-bit RGB as a viewer shows it: turned as its EXIF data say, palettes resolved, 16 bits
+    rounded to 8, transparent parts laid over `ground`. Of an animation it is the frame that is open, the
+    first; a colour profile is not applied.
+
+    Raises RequestError where the values are no levels of a colour (floats, or integers over 65535).
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _to_8_bits(picture)
+    try:
+        if picture.has_transparency_data:
+            rgba = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba)
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise RequestError(
+            f"a picture of mode {picture.mode} cannot be used: save it as RGB first"
+        ) from error
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, in any of Pillow's modes for it, -> grey of 8 bits, to the nearest level."""
+    levels = np.asarray(picture)
+    if picture.mode == "F" or levels.min(initial=0) < 0 or levels.max(initial=0) > MAX_LEVEL:
+        raise RequestError(
+            "a picture whose values are no levels of 8 or 16 bits cannot be used: save it as 8 or 16 bits"
+        )
+    return Image.fromarray(((levels.astype(np.uint32) * 255 + MAX_LEVEL // 2) // MAX_LEVEL).astype(np.uint8))
+
+
+def fit_picture(picture: Image.Image, width: int, height: int, rule: str = "refuse") -> Image.Image:
+    """The picture as 8-bit RGB of width x height pixels: as it is, or resized (Lanczos).
+
+    Where the proportions differ by a pixel or more of the result, `rule` decides: "refuse" raises
+    RequestError, "crop" cuts the same from both sides of what is too long, "stretch" distorts.
+    """
+    return _fit(to_rgb(picture), width, height, rule, Image.Resampling.LANCZOS, "the picture")
+
+
+def mask_of(picture: Image.Image, width: int, height: int, rule: str = "refuse") -> Tensor:
+    """A mask -> float32 [1,H,W] of 0 and 1: 1, repaint, where its luminance is half of white or more.
+
+    Transparent parts count as black. A mask of another size is fitted as the picture is, by nearest pixels.
+    Raises RequestError for a mask that is black everywhere, and as `fit_picture`.
+    """
+    rgb = _fit(to_rgb(picture, "black"), width, height, rule, Image.Resampling.NEAREST, "the mask")
+    mask = torch.from_numpy(np.asarray(rgb.convert("L")) >= 128)[None]  # [1,H,W]
+    if not mask.any():
+        raise RequestError(
+            "the mask is black everywhere, so nothing would be repainted: make white what is to change "
+            "(transparent counts as black)"
+        )
+    return mask.float()
+
+
+def same_proportions(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Whether a picture of `size`, scaled to cover `wanted`, overhangs by less than a pixel."""
+    scale = max(wanted[0] / size[0], wanted[1] / size[1])
+    return size[0] * scale - wanted[0] < 1 and size[1] * scale - wanted[1] < 1
+
+
+def _fit(
+    picture: Image.Image, width: int, height: int, rule: str, resample: Image.Resampling, what: str
+) -> Image.Image:
+    if rule not in FITS:
+        raise RequestError(f"fit {rule!r} is unknown: choose {', '.join(FITS)}")
+    if picture.size == (width, height):
+        return picture
+    scale = max(width / picture.width, height / picture.height)  # to cover the whole result
+    differs = not same_proportions(picture.size, (width, height))
+    if differs and rule == "refuse":
+        raise RequestError(
+            f"{what} is {picture.width}x{picture.height} pixels, {width}x{height} are to be painted, and the "
+            "proportions differ: ask for a --size with its proportions, or for --fit crop or --fit stretch"
+        )
+    box = (0.0, 0.0, float(picture.width), float(picture.height))
+    if differs and rule == "crop":
+        left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+        box = (max(0.0, left), max(0.0, top), min(box[2], box[2] - left), min(box[3], box[3] - top))
+    return picture.resize((width, height), resample, box)
+
+
+def composite(painted: Image.Image, original: Image.Image, mask: Tensor) -> Image.Image:
+    """`painted` where the mask [1,H,W] is 1, and where it is 0 byte for byte `original`; all of one size."""
+    white = Image.fromarray((mask[0] * 255).to("cpu", torch.uint8).numpy())
+    return Image.composite(painted, to_rgb(original), white)
 
 
 # ---------------------------------------------------------------------------------------- sheets
@@ -195,17 +299,26 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Reads a picture of any kind that Pillow knows, completely. Raises OutputError if it is not one."""
+    """Reads a picture of any kind that Pillow knows, completely.
+
+    Raises OutputError if it is not one, is damaged, or has over 179 million pixels, where Pillow stops.
+    """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        with warnings.catch_warnings():  # Pillow warns from half of that on
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.load()
+                return picture
     except FileNotFoundError:
         raise OutputError(f"{str(path)!r} does not exist") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise OutputError(f"{str(path)!r} is not a picture that can be read: {error}") from error
+    except Image.DecompressionBombError:
+        raise OutputError(f"{str(path)!r} has over 179 million pixels: make it smaller first") from None
+    except UnidentifiedImageError:
+        raise OutputError(f"{str(path)!r} is not a picture that can be read") from None
     except OSError as error:
         raise OutputError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
+    except DAMAGED as error:
+        raise OutputError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

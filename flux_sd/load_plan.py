@@ -26,7 +26,7 @@ from .errors import WeightMapError
 from .ggml_types import GGML_TYPES
 from .quantized import PackedRows, PackedWeight, QuantizedEmbedding, QuantizedLinear
 from .tensor_info import FLOAT8, TensorInfo
-from .weight_map import Row, WeightMap, find_kinds, find_map, identify, of_no_component
+from .weight_map import Row, WeightMap, find_kinds, find_parts, identify, of_no_component, several
 
 LISTED_GROUPS = 12  # of problems, in a message; `WeightMapError.problems` has all
 LISTED_NAMES = 3  # of tensors, in each group
@@ -142,8 +142,12 @@ class LoadPlan:
         raise KeyError(target)
 
 
-def place(row: Row, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
-    """(shape of the result, its pieces) of a row on sources of these shapes; ValueError says why not."""
+def place(
+    row: Row, shapes: Sequence[tuple[int, ...]], want: tuple[int, ...] | None = None
+) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+    """(shape of the result, its pieces) of a row on sources of these shapes; ValueError says why not.
+
+    `want`: the shape of our parameter, where it is known; `either_1x1` follows it."""
     shape, source = shapes[0], row.sources[0]
     rows = shape[0] if shape else 1
     whole = (Piece(source, 0, rows, 0),)
@@ -174,6 +178,9 @@ def place(row: Row, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...],
             if len(shape) != 2 and (len(shape) != 4 or shape[2:] != (1, 1)):
                 raise ValueError("a matrix or a 1x1 convolution was expected")
             return (shape[:2] if row.operation == "squeeze_1x1" else (*shape[:2], 1, 1)), whole
+        case "either_1x1":
+            same = want is not None and {*shape[2:], *want[2:]} <= {1} and shape[:2] == want[:2]
+            return (want if same and want is not None else shape), whole
     raise ValueError(f"unknown operation {row.operation!r}")
 
 
@@ -192,21 +199,43 @@ def plan_load(
     config: object,
     checkpoint: Checkpoint,
     base: Checkpoint | None = None,
+    prefix: str | None = None,
 ) -> LoadPlan:
     """Holds a checkpoint's headers against a model (on meta) and its config; reads no tensor.
 
-    base: another checkpoint of the component, in any dialect, that gives the tensors this one lacks. Raises
-    WeightMapError with all problems: parameters without a row; tensors that are missing (in both), left over,
-    misshapen, of an integer type, used twice or in part.
+    base: another checkpoint of the component, in any dialect, that gives the tensors this one lacks. prefix:
+    which to take, where the checkpoint has several of the component (an SDXL file has two text encoders);
+    None: the one whose names and shapes fit. Raises WeightMapError with all problems: parameters without a
+    row; tensors that are missing (in both), left over, misshapen, of an integer type, used twice or in part.
     """
-    weight_map, prefix = find_map(component, checkpoint.infos.keys(), checkpoint.label)
     spare = None
     if base is not None:  # what is wrong with it matters only where it is needed
-        spare = compare(*find_map(component, base.infos.keys(), base.label), module, config, base)[0]
-    plan, problems = compare(weight_map, prefix, module, config, checkpoint, spare)
+        spare = _nearest(component, module, config, base)[0]
+    plan, problems = _nearest(component, module, config, checkpoint, prefix, spare)
     if problems:
         raise WeightMapError(report(plan, config, problems), [problem.text for problem in problems])
     return plan
+
+
+def _nearest(
+    component: str,
+    module: nn.Module,
+    config: object,
+    checkpoint: Checkpoint,
+    prefix: str | None = None,
+    spare: LoadPlan | None = None,
+) -> tuple[LoadPlan, list[Problem]]:
+    """`compare` for the component of a checkpoint that fits best; an error where two fit."""
+    hits = find_parts(component, checkpoint.infos.keys(), checkpoint.label)
+    chosen = [hit for hit in hits if prefix in (None, hit.prefix)]
+    if not chosen:
+        found = " and ".join(map(str, hits))
+        raise WeightMapError(f"{checkpoint.label} holds {found}: nothing stands behind {prefix!r}")
+    tried = [compare(hit.map, hit.prefix, module, config, checkpoint, spare) for hit in chosen]
+    best = min(tried, key=lambda entry: len(entry[1]))
+    if [len(problems) for _, problems in tried].count(len(best[1])) > 1:
+        raise several(chosen, checkpoint.label)
+    return best
 
 
 def compare(
@@ -261,7 +290,9 @@ def _plan_row(
     shapes = [info.shape for info in infos]
     found = " and ".join(str(list(shape)) for shape in shapes)
     try:
-        shape, pieces = place(Row(row.target, row.operation, tuple(info.name for info in infos)), shapes)
+        shape, pieces = place(
+            Row(row.target, row.operation, tuple(info.name for info in infos)), shapes, want
+        )
     except ValueError as error:
         return [Problem("misshapen", row.target, f"shape: {row} found {found}: {error}")]
     if shape != want:
@@ -375,7 +406,8 @@ def left_over(
     weight_map: WeightMap, prefix: str, wanted: Collection[str], checkpoint: Checkpoint
 ) -> tuple[dict[str, str], list[Problem]]:
     """(tensors ignored with their reasons, problems) among those that no row wants."""
-    others = [hit for hit in identify(checkpoint.infos.keys()) if hit.map.component != weight_map.component]
+    own = (weight_map.component, prefix)
+    others = [hit for hit in identify(checkpoint.infos.keys()) if (hit.map.component, hit.prefix) != own]
     kinds = [other for _, other in find_kinds(checkpoint.infos.keys()) if not prefix.startswith(other)]
     elsewhere = tuple(filter(None, (*(hit.prefix for hit in others), *kinds)))
     ignored: dict[str, str] = {}

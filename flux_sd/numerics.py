@@ -16,6 +16,8 @@ from .errors import RequestError
 FLUX_RS = "candle-transformers models/flux/model.rs"
 SAMPLING_RS = "candle-transformers models/flux/sampling.rs"
 FLUX_EXAMPLE = "candle-examples flux/main.rs"
+SD_RS = "candle-transformers models/stable_diffusion/mod.rs"
+SD_EXAMPLE = "candle-examples stable-diffusion/main.rs"
 BFL_SAMPLING = "black-forest-labs/flux src/flux/sampling.py"
 
 
@@ -48,6 +50,76 @@ class Numerics:
             "GELU of the OpenCLIP encoders (SD 2.1, SDXL's second; FLUX's has none): exact, or tanh's",
             "candle-transformers models/stable_diffusion/clip.rs",
             "clip.activate",
+        )
+    )
+    geglu: Literal["erf", "tanh"] = field(
+        metadata=_about(
+            "GELU of the UNets' gated feed-forward: exact, or tanh's",
+            "candle-transformers models/stable_diffusion/attention.rs",
+            "sd_loader.unet_config",
+        )
+    )
+    sdxl_added: bool = field(
+        metadata=_about(
+            "whether SDXL's UNet is given the pooled text and the six sizes that it was trained with",
+            "candle-transformers models/stable_diffusion/unet_2d.rs",
+            "sd_loader.unet_config",
+        )
+    )
+    sdxl_hidden: Literal["penultimate", "last"] = field(
+        metadata=_about(
+            "text states that SDXL reads: before each encoder's last layer, or after it and the final norm",
+            SD_EXAMPLE,
+            "sd_generation.text_states",
+        )
+    )
+    sdxl_pad: Literal["own", "second"] = field(
+        metadata=_about(
+            "what fills SDXL's first prompt up to 77: its own end token, or the second encoder's '!'",
+            "candle-transformers models/stable_diffusion/clip.rs",
+            "sd_loader.padding",
+        )
+    )
+    sdxl_scale: float | None = field(
+        metadata=_about(
+            "scale of SDXL's latents (not Turbo's): its autoencoder's own 0.13025 (None), or 0.18215",
+            SD_EXAMPLE,
+            "sd_loader.vae_config",
+        )
+    )
+    sd2_inpaint: Literal["v_prediction"] | None = field(
+        metadata=_about(
+            "what Stable Diffusion 2's inpainting model predicts: noise, as its files say (None), or v",
+            SD_EXAMPLE,
+            "sd_loader.diffusion",
+        )
+    )
+    stride: Literal["exact", "integer"] = field(
+        metadata=_about(
+            "distance of the trailing schedule's steps: 1000 / N, or that rounded down, which can add a step",
+            "candle-transformers models/stable_diffusion/euler_ancestral_discrete.rs",
+            "schedulers.spacing.trailing",
+        )
+    )
+    sdxl_sampler: str | None = field(
+        metadata=_about(
+            "sampler of SDXL and its inpainting model where none is asked for: Euler (None), or DDIM",
+            SD_RS,
+            "sd_plan.plan_sd",
+        )
+    )
+    sd_steps: int | None = field(
+        metadata=_about(
+            "steps of Stable Diffusion (not Turbo) where none are asked for: the version's own (None), or 30",
+            SD_EXAMPLE,
+            "sd_plan.plan_sd",
+        )
+    )
+    sd_guidance: float | None = field(
+        metadata=_about(
+            "guidance of Stable Diffusion (not Turbo) where none is asked for: the version's own, or 7.5",
+            SD_EXAMPLE,
+            "sd_plan.plan_sd",
         )
     )
     t5_length: int | None = field(
@@ -95,6 +167,16 @@ def reference() -> Numerics:
         rope_dtype="float32",
         latents_dtype="float32",
         clip_gelu="erf",
+        geglu="erf",
+        sdxl_added=True,
+        sdxl_hidden="penultimate",
+        sdxl_pad="own",
+        sdxl_scale=None,
+        sd2_inpaint=None,
+        stride="exact",
+        sdxl_sampler=None,
+        sd_steps=None,
+        sd_guidance=None,
         t5_length=None,
         t5_keep_end_token=True,
         guidance=None,
@@ -110,6 +192,16 @@ def candle() -> Numerics:
         rope_dtype="model",
         latents_dtype="model",
         clip_gelu="tanh",
+        geglu="tanh",
+        sdxl_added=False,
+        sdxl_hidden="last",
+        sdxl_pad="second",
+        sdxl_scale=0.18215,
+        sd2_inpaint="v_prediction",
+        stride="integer",
+        sdxl_sampler="ddim",
+        sd_steps=30,
+        sd_guidance=7.5,
         t5_length=256,
         t5_keep_end_token=False,
         guidance=4.0,
@@ -224,9 +316,8 @@ NOT_MIRRORED = (
         "unipc",
         "Candle",
         "takes UniPC's log-SNR one step early, transposes the corrector's matrix and ignores the betas",
-        "will compute UniPC as published",
+        "compute UniPC as published",
         "candle-transformers models/stable_diffusion/uni_pc.rs",
-        built=False,
     ),
     NotMirrored(
         "sd3_last_context_block",

@@ -33,6 +33,18 @@ class GenerationRequest:
     strict_prompt: bool = False  # a prompt that would be cut is an error
     latents: torch.Tensor | None = None  # float32 noise [batch, C, H/8, W/8] in place of the seed's
     preview_every: int | None = None  # steps between previews; None: none
+    negative_prompt: str | None = None  # what to keep away from; "" and None differ for SDXL
+    guidance_rescale: float | None = None  # 0..1, back to the spread of the unguided prediction
+    sampler: str | None = None  # such as "euler": see `flux_sd.schedulers`
+    schedule: str | None = None  # how its noise levels are spaced, such as "karras"
+    init_image: Image | None = None  # to begin from in place of pure noise
+    mask: Image | None = None  # white: repaint; black: keep
+    strength: float | None = None  # 0..1, how much of the way from pure noise is run on `init_image`
+    fit: str | None = None  # "crop" or "stretch" an `init_image` of other proportions; None: "refuse" it
+    composite: bool | None = None  # pixels outside the mask are those of `init_image`; None: yes
+    # The autoencoder in tiles, for less memory; they overlap by a row and need no blending, see
+    # `flux_sd.vae_tiling`. None: where memory asks for it.
+    vae_tiling: bool | None = None
 
 
 @dataclass(frozen=True)

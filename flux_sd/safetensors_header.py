@@ -19,7 +19,6 @@ from .errors import CheckpointError, MissingFileError
 from .tensor_info import DTYPES, MAX_DIMENSIONS, MAX_NAME, Header, TensorInfo, is_countable, is_name
 
 SUFFIXES = (".safetensors", ".sft")
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # The reference implementation takes headers of 100 MB; JSON made to waste memory becomes 26 times as many
 # bytes of Python objects, and half a second. Models have up to 4,000 tensors and 1 MB of metadata.
 MAX_HEADER = 25_000_000  # bytes
@@ -61,7 +60,7 @@ def _what_else(path: Path, head: bytes, size: int) -> str:
     length = int.from_bytes(head[:8], "little")
     if size == 0:
         return f"{path} is empty: download it again"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) or path.suffix in PICKLE_SUFFIXES:
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return f"{path} is a pickle, which can run code when it is read: give a .safetensors or .gguf file"
     if head.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights: run git lfs pull or download the file itself"

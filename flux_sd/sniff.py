@@ -7,7 +7,6 @@ which of its family it is (`weights_maps/facts.toml`). No file name is looked at
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,18 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import WeightMapError
 from .tensor_info import FLOAT8, TensorInfo
-from .weight_map import TITLES, Hit, Kind, WeightMap, find_kinds, identify, load_maps, maps_folder, read_toml
+from .weight_map import (
+    TITLES,
+    Hit,
+    Kind,
+    WeightMap,
+    find_kinds,
+    identify,
+    load_maps,
+    maps_folder,
+    read_toml,
+    zeroed,
+)
 
 OTHER = "other"  # tensors of no component that is known
 
@@ -86,7 +96,7 @@ def _owner(name: str, parts: Sequence[Hit | tuple[Kind, str]]) -> int:
         return nearest[0]
     for index in nearest:
         part = parts[index]
-        if isinstance(part, Hit) and _zeroed(name[longest:]) in _vocabulary(part.map.name):
+        if isinstance(part, Hit) and zeroed(name[longest:]) in _vocabulary(part.map.name):
             return index
     return next((index for index in nearest if not isinstance(parts[index], Hit)), -1)
 
@@ -215,22 +225,15 @@ def _lookup(
 def _first_rows(map_name: str) -> Mapping[str, tuple[str, ...]]:
     """our name -> the file's names that may make it, with every count of blocks at 0."""
     weight_map = next(known for known in load_maps() if known.name == map_name)
-    zeros = dict.fromkeys((*weight_map.axes, *weight_map.mirrors), "0")
     rows: dict[str, tuple[str, ...]] = {}
     for template in weight_map.templates:
-        spelled = [slot for slot in weight_map.words if "{" + slot + "}" in template.target]
-        for words in itertools.product(*(weight_map.words[slot] for slot in spelled)):
-            values = zeros | dict(zip(spelled, words, strict=True))
+        for ours, theirs in weight_map.spellings(template.target):
             sources = (source for _, way in template.ways for source in way)
-            rows[template.target.format_map(values)] = tuple(source.format_map(values) for source in sources)
+            rows[template.target.format_map(ours)] = tuple(source.format_map(theirs) for source in sources)
     return rows
 
 
 @functools.cache  # as _first_rows
 def _vocabulary(map_name: str) -> frozenset[str]:
     """Every name that a map reads, with all numbers at 0."""
-    return frozenset(_zeroed(name) for sources in _first_rows(map_name).values() for name in sources)
-
-
-def _zeroed(name: str) -> str:
-    return ".".join("0" if part.isdecimal() else part for part in name.split("."))
+    return frozenset(zeroed(name) for sources in _first_rows(map_name).values() for name in sources)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import NonFiniteError, RequestError
-from .request import CancelToken, Event
+from .request import CancelToken, Event, GenerationRequest
 from .versions import VersionInfo
 
 OnEvent = Callable[[Event], None]
 # torch's generators take 64 bits; the sign is left out so that a seed reads the same everywhere.
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 256
+MAX_SIDE = 16_384  # pixels
 
 
 def choose_seed(seed: int | None, batch: int) -> int:
@@ -29,6 +32,25 @@ def choose_seed(seed: int | None, batch: int) -> int:
     if not 0 <= seed <= MAX_SEED - batch:
         raise RequestError(f"seed {seed} is outside 0..{MAX_SEED - batch}")
     return seed
+
+
+def refuse_fields(info: VersionInfo, request: GenerationRequest, names: Sequence[str]) -> None:
+    """Raises RequestError for a field that is given and that the version has no use for."""
+    for name in names:
+        if getattr(request, name) is not None:
+            raise RequestError(f"{name} is not used by {info.key}: leave it out")
+
+
+def check_ranges(plan: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises RequestError for a field of a plan that is outside its range, and for previews that are never
+    due; None is in every range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(plan, name)
+        if value is not None and not low <= value <= high:
+            raise RequestError(f"{name} {value} is outside {low:g}..{high:g}")
+    every = plan.preview_every
+    if every is not None and every < 1:
+        raise RequestError(f"preview_every {every} is not a number of steps: give 1 or more")
 
 
 def check_size(info: VersionInfo, width: int, height: int, rule: str) -> tuple[int, int]:
@@ -46,6 +68,20 @@ def check_size(info: VersionInfo, width: int, height: int, rule: str) -> tuple[i
         f"{width}x{height} pixels: {info.key} needs multiples of {multiple}; "
         f"the nearest are {down[0]}x{down[1]} and {up[0]}x{up[1]}"
     )
+
+
+class NoiseSource:
+    """Unit noise for images that run together, each from a generator of its own on the CPU: the same on every
+    device, in every dtype, in every batch."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
+        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._shape = shape
+
+    def draw(self) -> Tensor:
+        """The next noise of each image, float32 [B,*shape]."""
+        drawn = [torch.randn((1, *self._shape), generator=generator) for generator in self._generators]
+        return torch.cat(drawn)
 
 
 def check_latents(latents: Tensor, batch: int, shape: tuple[int, int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # The words of the safetensors format. GGUF's types of one element a block have the same names and bytes.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -76,6 +77,9 @@ class Header:
 
     infos: tuple[TensorInfo, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # tensors that do not lie in the file as they are
 
 
 def is_name(text: str) -> bool:

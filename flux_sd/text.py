@@ -31,6 +31,9 @@ CLIP_FILES = ("tokenizer.json", "vocab.json")  # in the order of preference
 T5_FILES = ("tokenizer.json", "spiece.model")
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else but white space.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# A group in unescaped parentheses that ends in a colon and a number, with a decimal point or behind no digit:
+# a time of day and a ratio are text.
+WEIGHTED = re.compile(r"(?<!\\)\([^()]*(?::\s*[+-]?\d*\.\d+|[^()\d\s]\s*:\s*[+-]?\d)\s*\)")
 MESSAGE_CHARACTERS = 120  # of the dropped text that a message quotes
 
 
@@ -41,7 +44,7 @@ class PromptReport:
     A character of which only some tokens fit counts as dropped.
     """
 
-    encoder: str  # "CLIP" or "T5"
+    encoder: str  # "CLIP", "CLIP 2" or "T5"
     limit: int  # tokens that the encoder takes, the special ones among them
     tokens: int  # that the whole prompt would need, the special ones among them
     kept: str
@@ -75,6 +78,15 @@ def describe_cut(reports: Sequence[PromptReport]) -> str | None:
     return ". ".join(report.message for report in reports)
 
 
+def describe_weighting(prompt: str) -> str | None:
+    """A note on a part of the prompt that is written in another program's syntax for weights, such as
+    `(word:1.3)`; None without one. Plain parentheses and escaped ones (`\\(`) are text."""
+    found = WEIGHTED.search(prompt)
+    if found is None:
+        return None
+    return f"weights are not interpreted: {found.group()!r} is read as text, parentheses and number included"
+
+
 def require_whole(reports: Sequence[PromptReport]) -> None:
     """Raises PromptTooLongError if any encoder cut the prompt: the strict mode."""
     note = describe_cut(reports)
@@ -102,16 +114,25 @@ class _Backend(Protocol):
 
 
 class ClipTokenizer:
-    """CLIP's byte-level BPE. Lower-cases, and wraps the prompt in a start and an end token."""
+    """CLIP's byte-level BPE. Lower-cases, and wraps the prompt in a start and an end token.
 
-    def __init__(self, backend: _Backend, source: str) -> None:
-        self._backend = backend
+    encoder: what a report calls the encoder it is for. pad_token: what fills a short prompt: the end token
+    (None) for FLUX, SD 1.5 and SDXL's first encoder, "!" for SD 2 and SDXL's second.
+    """
+
+    def __init__(
+        self, backend: _Backend, source: str, encoder: str = "CLIP", pad_token: str | None = None
+    ) -> None:
+        self._backend, self.encoder = backend, encoder
         self.vocab_size = backend.vocab_size  # highest id + 1: the embedding needs at least as many rows
         self.bos_id = _special(backend, CLIP_START, source)
         self.eos_id = _special(backend, CLIP_END, source)
+        self.pad_id = self.eos_id if pad_token is None else _special(backend, pad_token, source)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ClipTokenizer:
+    def load(
+        cls, path: str | os.PathLike[str], encoder: str = "CLIP", pad_token: str | None = None
+    ) -> ClipTokenizer:
         """From `tokenizer.json`, or from `vocab.json` with `merges.txt` beside it, or a folder of these.
 
         Raises MissingFileError or TokenizerError.
@@ -122,25 +143,25 @@ class ClipTokenizer:
         text = _read_text(file)
         content = _read_object(text, file)
         if isinstance(content.get("model"), dict):  # in a vocabulary, "model" is a token
-            return cls(_json_backend(text, content, file, "BPE", "CLIP"), file.name)
+            return cls(_json_backend(text, content, file, "BPE", "CLIP"), file.name, encoder, pad_token)
         merges = _locate(file.with_name("merges.txt"), CLIP_FILES, "CLIP")
-        return cls(_clip_backend(content, file, merges), file.name)
+        return cls(_clip_backend(content, file, merges), file.name, encoder, pad_token)
 
-    def encode(self, prompt: str, length: int = 77, pad_token: str = CLIP_END) -> EncodedPrompt:
-        """`length` ids: start, text, end, then `pad_token`; a cut keeps the end token in the last place.
+    def encode(self, prompt: str, length: int = 77, pad_id: int | None = None) -> EncodedPrompt:
+        """`length` ids: start, text, end, then pads (`pad_id`, or the tokenizer's own); a cut keeps the end
+        token in the last place.
 
-        Pads are end tokens for FLUX, SD 1.5 and SDXL's first encoder; "!" for SD 2 and SDXL's second.
         Raises RequestError for a length below 2 or a prompt that is not valid text.
         """
         if length < 2:
             raise RequestError(
                 f"CLIP length {length} has no room for the start and end tokens: give 2 or more"
             )
-        pad_id = _special(self._backend, pad_token, "the CLIP tokenizer")
+        pad = self.pad_id if pad_id is None else pad_id
         pieces = self._backend.pieces(_valid(prompt))
         ids = [self.bos_id, *pieces.ids[: length - 2], self.eos_id]
-        report = _report("CLIP", prompt, pieces, limit=length, room=length - 2, specials=2)
-        return EncodedPrompt(ids + [pad_id] * (length - len(ids)), report.tokens, report)
+        report = _report(self.encoder, prompt, pieces, limit=length, room=length - 2, specials=2)
+        return EncodedPrompt(ids + [pad] * (length - len(ids)), report.tokens, report)
 
 
 class T5Tokenizer:

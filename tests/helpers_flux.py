@@ -13,11 +13,12 @@ from torch import nn
 
 from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_sd.clip import ClipTextConfig, ClipTextEncoder
+from flux_sd.components import LoadOptions
 from flux_sd.device import choose_device
-from flux_sd.flux_files import find_files
-from flux_sd.flux_loader import FluxComponents, LoadOptions
+from flux_sd.flux_loader import load_flux
 from flux_sd.flux_mmdit import Flux, FluxConfig
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_files import find_files
+from flux_sd.model_loader import Model, flux_model
 from flux_sd.numerics import parse
 from flux_sd.t5 import T5Config, T5Encoder
 from flux_sd.versions import FLUX_PREVIEW, FluxConfigs, SDVersion, VersionInfo
@@ -103,9 +104,14 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     numerics: str = "reference",
     keep_loaded: bool = False,
-) -> FluxModel:
+) -> Model:
     """The folder as a LoadedModel, past the version table."""
-    components = FluxComponents.load(
-        info, find_files(folder, {}), choose_device("cpu"), dtype, parse(numerics), LoadOptions(keep_loaded)
+    components = load_flux(
+        info,
+        find_files(info, folder, {}),
+        choose_device("cpu"),
+        dtype,
+        parse(numerics),
+        LoadOptions(keep_loaded),
     )
-    return FluxModel(SDVersion.TINY_FLUX, components)
+    return flux_model(SDVersion.TINY_FLUX, components)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import helpers_checkpoints as write
 import helpers_gguf
+import sd_names
 import torch
 
 from flux_sd.autoencoder import AutoEncoderConfig
@@ -25,6 +26,7 @@ from flux_sd.tensor_info import TensorInfo
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+LAYOUTS = Path(__file__).parent / "data" / "sd_layouts.json"
 REFERENCES = Path(__file__).parent.parent / "reference_outputs" / "candle"
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "U8": 1}
 BLOCKS = {
@@ -92,26 +94,56 @@ def open_clip(width: int, layers: int) -> Shapes:
             f"{block}.attn.in_proj_weight": (3 * width, width),
             f"{block}.attn.in_proj_bias": (3 * width,),
             f"{block}.attn.out_proj.weight": (width, width),
+            f"{block}.attn.out_proj.bias": (width,),
             f"{block}.mlp.c_fc.weight": (4 * width, width),
+            f"{block}.mlp.c_fc.bias": (4 * width,),
             f"{block}.mlp.c_proj.weight": (width, 4 * width),
+            f"{block}.mlp.c_proj.bias": (width,),
             f"{block}.ln_1.weight": (width,),
+            f"{block}.ln_1.bias": (width,),
             f"{block}.ln_2.weight": (width,),
+            f"{block}.ln_2.bias": (width,),
         }
     return shapes
 
 
-def unet_ldm(context: int, channels: int = 4, added: int | None = None, width: int = 320) -> Shapes:
-    """The tensors of a UNet under LDM's names that tell which one it is, and some others."""
-    first = "input_blocks.1.1" if added is None else "input_blocks.4.1"
-    shapes: Shapes = {
-        "input_blocks.0.0.weight": (width, channels, 3, 3),
-        "input_blocks.0.0.bias": (width,),
-        "time_embed.0.weight": (4 * width, width),
-        f"{first}.transformer_blocks.0.attn2.to_k.weight": (width, context),
-        "middle_block.0.in_layers.2.weight": (4 * width, 4 * width, 3, 3),
-        "out.2.weight": (4, width, 3, 3),
+@functools.cache
+def layouts() -> dict[str, dict[str, dict[str, list[int]]]]:
+    content: dict[str, dict[str, dict[str, list[int]]]] = json.loads(LAYOUTS.read_text(encoding="utf-8"))
+    return content
+
+
+@functools.cache
+def _layout(name: str) -> Shapes:
+    entry = layouts()[name]
+    base: Shapes = _layout(str(entry["as"])) if "as" in entry else {}
+    return base | sd_names.unfold(entry["names"])
+
+
+def layout(name: str) -> Shapes:
+    """The names and shapes of a class of diffusers or transformers (tools/make_sd_layouts.py)."""
+    return dict(_layout(name))
+
+
+def unet_ldm(context: int, channels: int = 4) -> Shapes:
+    """The UNet whose text states are `context` wide, under LDM's names."""
+    theirs = _layout({768: "unet_sd15", 1024: "unet_sd21", 2048: "unet_sdxl"}[context])
+    shapes = {sd_names.unet_ldm(name, theirs): shape for name, shape in theirs.items()}
+    return shapes | {"input_blocks.0.0.weight": (320, channels, 3, 3)}
+
+
+def refiner_ldm() -> Shapes:
+    """Those tensors of SDXL's refiner that tell what it is, and some others: four levels, of which the two in
+    the middle have transformers."""
+    return {
+        "input_blocks.0.0.weight": (384, 4, 3, 3),
+        "time_embed.0.weight": (1536, 384),
+        "label_emb.0.0.weight": (1536, 2560),
+        "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
+        "input_blocks.11.0.in_layers.0.weight": (1536,),
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight": (1536, 1280),
+        "out.2.weight": (4, 384, 3, 3),
     }
-    return shapes if added is None else {**shapes, "label_emb.0.0.weight": (4 * width, added)}
 
 
 def sd_single_file(kind: str) -> Shapes:
@@ -123,11 +155,8 @@ def sd_single_file(kind: str) -> Shapes:
     unet, text = {
         "sd15": (unet_ldm(768), behind("cond_stage_model.transformer.", clip_l()) | position),
         "sd21": (unet_ldm(1024), behind("cond_stage_model.model.", open_clip(1024, 24))),
-        "sdxl": (unet_ldm(2048, added=2816), behind("conditioner.embedders.0.transformer.", clip_l()) | big),
-        "refiner": (
-            unet_ldm(1280, added=2560, width=384),
-            behind("conditioner.embedders.0.model.", open_clip(1280, 32)),
-        ),
+        "sdxl": (unet_ldm(2048), behind("conditioner.embedders.0.transformer.", clip_l()) | big),
+        "refiner": (refiner_ldm(), behind("conditioner.embedders.0.model.", open_clip(1280, 32))),
     }[kind]
     return behind("model.diffusion_model.", unet) | text | vae | left
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +22,13 @@ from helpers_front import FakeModel, patch_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import flux_sd
 from flux_sd import image
-from flux_sd.cli import main
+from flux_sd.cli import arguments, main
 from flux_sd.cli.console import gigabytes
 from flux_sd.cli.generate import tensor_hash
+from flux_sd.request import GenerationRequest
+from flux_sd.schedulers import SAMPLERS, SCHEDULES
 from flux_sd.version import __version__
 from flux_sd.versions import SDVersion
 
@@ -111,9 +116,21 @@ def test_usage_errors(words: list[str], sentence: str, capsys: pytest.CaptureFix
         (["--size", "64", "--width", "64"], "--size and --width or --height"),
         (["--guidance", "3"], "guidance is not used by tiny-flux"),
         (["--model", "flux-2"], "model 'flux-2' is unknown"),
-        (["--model", "sdxl"], "not built yet"),
-        (["--t5-len", "513"], "t5_length 513 is outside"),
-        (["--path", "."], "files are given but no model"),
+        (["--t5-len", "513"], "--t5-len 513 is outside"),
+        (
+            ["--path", "."],
+            ". holds no transformer or UNet, which would tell the model: say which with --model",
+        ),
+        (["--negative-prompt", "y"], "--negative-prompt is not used by tiny-flux: leave it out"),
+        (["--guidance-rescale", "0.5"], "--guidance-rescale is not used by tiny-flux"),
+        (["--sampler", "euler"], "--sampler is not used by tiny-flux"),
+        (["--schedule", "karras"], "--schedule is not used by tiny-flux"),
+        (["--strength", "0.5"], "--strength is not used by tiny-flux"),
+        (["--no-composite"], "--composite is not used by tiny-flux"),
+        (["--fit", "crop"], "--fit is not used by tiny-flux"),
+        (["--init-image", "absent.png"], "'absent.png' does not exist"),
+        (["--prediction", "epsilon"], "--prediction is not used by tiny-flux"),
+        (["--clip-2", "x.safetensors", "--model", "tiny-flux"], "tiny-flux has no clip_2"),
         (["-o", "a.jpg"], "only PNG keeps every pixel"),
         (["-o", "nowhere/a.png"], "folder 'nowhere' does not exist"),
         (["--latents-out", "a.pt"], "expected .safetensors"),
@@ -129,7 +146,7 @@ def test_bad_input_is_refused_before_a_weight_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flux_sd.model_loader.FluxComponents.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("flux_sd.components.Components.network", lambda *_, **__: pytest.fail("loaded"))
     assert main(["generate", "x", *words]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("flux-sd: ") and sentence in captured.err and captured.out == ""
@@ -448,7 +465,8 @@ def test_the_catalogue_lists_every_model(
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(rows) == {"model"} | {version.info.key for version in SDVersion}
     assert "1024x1024" in rows["flux-dev"] and "33.7 GB" in rows["flux-dev"] and "gated" in rows["flux-dev"]
-    assert "not built yet" in rows["sdxl"] and "built in" in rows["tiny-flux"]
+    assert all(rows[name].endswith("built in") for name in ("tiny-flux", "tiny-sd"))
+    assert rows["sdxl"].endswith(" no") and "512x512" in rows["sd21-base"] and "768x768" in rows["sd21"]
 
 
 def test_one_model_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -467,6 +485,69 @@ def test_one_model_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry["name"] == "flux-dev" and entry["gated"] and entry["t5_length"] == 512
     assert entry["memory_bytes"]["float32"] == 4 * 11_901_408_320
     assert main(["models", "flux-pro-max"]) == 2
+
+
+def test_a_stable_diffusion_model_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (
+        ("sd15", ("ddim; others", "leading; others", "predicts       epsilon", "unet", "clip", "vae")),
+        ("sdxl-turbo", ("euler_ancestral;", "trailing;", "guidance       not used", "clip_2")),
+        ("sd21", ("predicts       as the files say",)),
+        ("sd21-base", ("predicts       epsilon",)),
+        ("sdxl-inpaint", ("needs          --init-image and --mask",)),
+    ):
+        assert main(["models", name]) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in said), out
+    assert main(["models", "sdxl", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert (entry["sampler"], entry["schedule"], entry["prediction"]) == ("euler", "leading", "epsilon")
+    assert main(["models", "flux-dev"]) == 0 and "sampler" not in capsys.readouterr().out
+
+
+def test_engine_and_command_line_have_no_branch_on_the_family() -> None:
+    """No condition asks what kind of model it is: what differs is looked up, or asked of the model."""
+    kinds = {
+        "family",
+        "is_flux",
+        "is_xl",
+        "is_inpainting",
+        "flux",
+        "sd",
+        "FLUX",
+        "SD",
+        "SDXL",
+        "Flux",
+        "UNet",
+    }
+    package = Path(flux_sd.__file__).parent
+    for path in [package / "generation_engine.py", *(package / "cli").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            tests = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
+            tests += [node.subject] if isinstance(node, ast.Match) else []
+            tests += node.ifs if isinstance(node, ast.comprehension) else []
+            for part in (part for test in tests for part in ast.walk(test)):
+                name = getattr(part, "attr", getattr(part, "id", None))
+                assert name not in kinds, f"{path.name}:{part.lineno} asks for {name}"
+
+
+def test_help_names_every_sampler_and_schedule() -> None:
+    """They stand in the help without torch, in whose modules they are defined."""
+    assert arguments.SAMPLERS == SAMPLERS and arguments.SCHEDULES == SCHEDULES
+
+
+def test_errors_name_options_as_they_are_spelled() -> None:
+    for sentence, said in (
+        ("negative_prompt is not used by x", "--negative-prompt is not used by x"),
+        ("mask is given and init_image is not", "--mask is given and --init-image is not"),
+        ("t5_length 513 is outside 1..512", "--t5-len 513 is outside 1..512"),
+        ("'init_image/steps.png' has steps", "'init_image/steps.png' has steps"),
+        ("steps 0 is outside", "--steps 0 is outside"),
+        ("latents are of shape [1]", "latents are of shape [1]"),
+        ("maskless", "maskless"),
+    ):
+        assert arguments.spelled(sentence) == said
+    fields = {field.name for field in dataclasses.fields(GenerationRequest)} - {"prompt"}
+    assert fields <= {*arguments.FIELDS, "latents"}
 
 
 def test_maps_are_listed_and_expanded(capsys: pytest.CaptureFixture[str]) -> None:

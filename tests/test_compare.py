@@ -22,7 +22,7 @@ from flux_sd.compare import CELLS, PIXELS, Comparison, Row, Tolerances, compare
 from flux_sd.compare_names import NameRule, our_names, read_names
 from flux_sd.compare_report import LEVELS, html_report
 from flux_sd.errors import RequestError
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_loader import Model
 from flux_sd.record_file import RecordWriter
 from flux_sd.request import GenerationRequest
 from flux_sd.trace import trace
@@ -50,13 +50,13 @@ def one(folder: Path, a: Tensor, b: Tensor, **options: Any) -> Row:
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_flux: FluxModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tiny_flux: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compare") / "sound.safetensors"
     trace(tiny_flux, APPLE, path)
     return path
 
 
-def retraced(model: FluxModel, path: Path, role: str = "transformer", weight: str = "") -> Path:
+def retraced(model: Model, path: Path, role: str = "transformer", weight: str = "") -> Path:
     """A record of the same run, with one weight of the network half as large again."""
     parameter = model.components.network(role).get_parameter(weight) if weight else torch.ones(1)
     kept = parameter.detach().clone()
@@ -81,7 +81,7 @@ def retraced(model: FluxModel, path: Path, role: str = "transformer", weight: st
     ],
 )
 def test_a_planted_error_is_found_where_it_is(
-    role: str, weight: str, first: str, tiny_flux: FluxModel, sound: Path, tmp_path: Path,
+    role: str, weight: str, first: str, tiny_flux: Model, sound: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     planted = retraced(tiny_flux, tmp_path / "planted.safetensors", role, weight)
@@ -93,7 +93,7 @@ def test_a_planted_error_is_found_where_it_is(
 
 
 def test_two_equal_runs_report_zero(
-    tiny_flux: FluxModel, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_flux: Model, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = retraced(tiny_flux, tmp_path / "again.safetensors")
     assert main(["compare", str(again), str(sound), "--tolerance", "0", "--complete", "--json"]) == 0
@@ -250,6 +250,17 @@ def test_the_order_is_that_of_the_run(tmp_path: Path) -> None:
     for files in (("a", "ours"), ("ours", "b")):
         first, second = (open_checkpoint(tmp_path / f"{file}.safetensors") for file in files)
         assert [row.name for row in compare(first, second).rows] == names[::-1]
+
+
+def test_the_usual_order_of_stable_diffusion(tmp_path: Path) -> None:
+    """As `candle_reference run` records it, and as we do."""
+    names = [
+        "ids", "ids_2", "uncond.clip.ids", "uncond.clip_2.ids", "clip.ids", "clip_2.ids", "init.latents",
+        "masked.latents", "mask", "uncond.clip.hidden", "clip.hidden", "hidden", "noise", "timesteps",
+        "step.0.latents", "step.1.latents", "step.10.latents", "latents", "image", "pixels",
+    ]  # fmt: skip
+    tensors = {name: torch.ones(2) for name in reversed(names)}
+    assert [row.name for row in compared(tmp_path, tensors, tensors).rows] == names
 
 
 def test_only_stages_that_match(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import compare_with_candle as tool
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,14 +40,18 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def program(
-    folder: Path, record: Path, change: Callable[[dict[str, Tensor]], None] = lambda tensors: None
-) -> Path:
-    """A stand-in for candle_reference: keeps the specification, and writes `record` with a change."""
+    folder: Path, record: Path, change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+    keep: str = "",
+) -> Path:  # fmt: skip
+    """A stand-in for candle_reference: keeps the specification (and the file `keep` beside it), and writes
+    `record` with a change."""
     tensors = load_file(record)
     change(tensors)
     save_file(tensors, folder / "changed.safetensors")
     code = f"#!{sys.executable}\nimport shutil, sys\n"
     code += f"assert sys.argv[1] == 'run'\nshutil.copy(sys.argv[2], {str(folder / 'seen.json')!r})\n"
+    if keep:
+        code += f"shutil.copy(sys.argv[2].replace('spec.json', {keep!r}), {str(folder / keep)!r})\n"
     code += f"shutil.copy({str(folder / 'changed.safetensors')!r}, sys.argv[3])\n"
     path = folder / "program"
     path.write_text(code)
@@ -72,6 +77,65 @@ def test_equal_records_pass(
     assert differences["run", "pixels"] == 0 and differences["forward", "image"] == 0
     spec = json.loads((tmp_path / "seen.json").read_text())
     assert spec["dtype"] == "f32" and os.path.isabs(spec["transformer"]) and Path(spec["t5"][0]).is_file()
+
+
+@pytest.fixture(scope="module")
+def sd_record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tiny-sd computes for the request of the tool, as Candle records it; a few steps."""
+    subject, path = short_sd(None), tmp_path_factory.mktemp("sd") / "ours.safetensors"
+    with subject.open("float32") as model:
+        trace(model, replace(subject.request, latents=subject.noise(0)), path, like_candle=True)
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name != "ids"}
+    save_file(tensors, path)
+    return path
+
+
+def short_sd(prompt: str | None) -> tool.Subject:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "STEPS", 3)
+        return tool.tiny_sd(prompt)
+
+
+def run_sd(monkeypatch: pytest.MonkeyPatch, program: Path) -> int:
+    monkeypatch.setitem(tool.SUBJECTS, "tiny-sd", lambda prompt, _: short_sd(prompt))
+    monkeypatch.setattr(sys, "argv", ["tool", str(program), "tiny-sd"])
+    return tool.main()
+
+
+def test_equal_records_of_stable_diffusion_pass(
+    tmp_path: Path, sd_record: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float32 alone, whatever is asked for; the specification names files that are there."""
+    assert run_sd(monkeypatch, program(tmp_path, sd_record, keep="text.safetensors")) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines.pop()[:4] == [str(len(lines)), "stages", "compared,", "0"]
+    assert {line[1] for line in lines} == {"float32"} and all(float(line[4]) < 1e-6 for line in lines)
+    found = {(line[2], line[3]) for line in lines}
+    assert {
+        ("forward", "step.2.noise_pred"),
+        ("forward", "image"),
+        ("run", "hidden"),
+        ("run", "pixels"),
+    } < found
+    spec = json.loads((tmp_path / "seen.json").read_text())
+    assert all(Path(spec[key]).is_file() for key in ("unet", "unet_config", "vae", "vae_config"))
+    assert spec["scheduler"] == {"kind": "ddim", "prediction": "epsilon", "spacing": "leading"}
+    assert (spec["steps"], spec["guidance"], spec["dtype"]) == (3, SDVersion.TINY_SD.info.guidance, "f32")
+    states, hidden = load_file(tmp_path / "text.safetensors"), load_file(sd_record)["hidden"]
+    assert torch.equal(torch.cat([states["negative"], states["hidden"]]), hidden)
+
+
+def test_a_wrong_stage_of_stable_diffusion_is_over_its_limit(
+    tmp_path: Path, sd_record: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["step.1.noise_pred"] *= 1.00005  # more than a forward may differ, less than a run
+        tensors["hidden"][0, 5] *= 1.01  # the negative prompt's, which every prediction alone is given
+
+    assert run_sd(monkeypatch, program(tmp_path, sd_record, change)) == 1
+    over = [line.split()[2:4] for line in capsys.readouterr().out.splitlines() if "OVER" in line]
+    assert ["run", "hidden"] in over and ["forward", "step.1.noise_pred"] in over
+    assert ["forward", "image"] not in over and ["run", "step.1.noise_pred"] not in over
 
 
 def test_a_wrong_stage_is_over_its_limit(
@@ -136,7 +200,7 @@ def test_the_full_width_specification_has_the_fields_that_candle_reads(tmp_path:
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.parse_arguments(["program", "flux-pro"])
-    assert "model 'flux-pro' is unknown: choose tiny-flux or full-width" in capsys.readouterr().err
+    assert "model 'flux-pro' is unknown: choose tiny-flux or tiny-sd or full-width" in capsys.readouterr().err
     assert tool.parse_arguments(["program"]).models == []
 
 

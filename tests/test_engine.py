@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import helpers_flux
+import helpers_sd
 import pytest
 import torch
 from helpers_front import FakeModel, order
+from helpers_source import PACKAGE, tree
 
-from flux_sd.errors import Cancelled, NonFiniteError
+from flux_sd.errors import Cancelled, NonFiniteError, RequestError
 from flux_sd.generation_engine import (
     EngineClosedError,
     GenerationEngine,
@@ -21,7 +28,9 @@ from flux_sd.generation_engine import (
     JobState,
     QueueFullError,
 )
+from flux_sd.model_loader import Model
 from flux_sd.request import CancelToken, Complete, Error, Event, GenerationRequest, Preview, Progress, Result
+from flux_sd.versions import SDVersion
 
 PATIENCE = 20.0  # seconds; only a broken engine takes them
 
@@ -287,3 +296,55 @@ def test_many_threads_submitting_and_cancelling_lose_no_job() -> None:
     assert all(len(last_events(job)) == 1 for job in jobs)
     completed = sum(job.state is JobState.COMPLETED for job in jobs)
     assert completed >= 30 and completed + sum(job.state is JobState.CANCELLED for job in jobs) == 60
+
+
+# ------------------------------------------------------------------------------------------ either family
+
+
+def small_models(folder: Path) -> dict[str, Model]:
+    """A small FLUX and small Stable Diffusion models of random weights."""
+    flux = helpers_flux.small_info()
+    made = {"flux": helpers_flux.open_model(helpers_flux.write_folder(folder / "flux", flux), flux)}
+    for key in ("sd15", "sdxl-inpaint"):
+        info = helpers_sd.small_info(SDVersion.parse(key))
+        made[key] = helpers_sd.open_model(helpers_sd.write_folder(folder / key, info), info)
+    return made
+
+
+def test_either_family_runs_behind_the_same_engine(tmp_path: Path) -> None:
+    painted = {"init_image": helpers_sd.picture(), "mask": helpers_sd.half_mask()}
+    asked = order("a kite", steps=3, width=48, height=32, batch=2, preview_every=3)
+    jobs: list[Job] = []
+
+    def stop_at_two(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "denoise" and event.index == 2:
+            jobs[-1].token.cancel()
+
+    for key, model in small_models(tmp_path).items():
+        wanted = replace(asked, **painted) if key.endswith("inpaint") else asked
+        gate = threading.Event()
+        with GenerationEngine(model) as engine:
+            engine.submit(replace(wanted, steps=1, batch=1), lambda _, gate=gate: gate.wait(PATIENCE))
+            jobs.append(engine.submit(wanted, stop_at_two))
+            gate.set()
+            refused, finished = engine.submit(replace(wanted, width=50)), engine.submit(wanted)
+            results = finished.result(PATIENCE)
+        assert jobs[-1].state is JobState.CANCELLED and refused.state is JobState.FAILED, key
+        (last,) = last_events(refused)
+        assert isinstance(last, Error) and isinstance(last.error, RequestError)
+        heard = list(finished.events())
+        steps = [(e.image, e.index) for e in heard if isinstance(e, Progress) and e.stage == "denoise"]
+        assert steps == [(i, n) for i in (0, 1) for n in (1, 2, 3)], key
+        assert sum(isinstance(event, Preview) for event in heard) == 2
+        alone = model.generate(wanted)  # without an engine, and after a run that was cancelled
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(results, alone, strict=True)), key
+        model.close()
+
+
+def test_engine_and_command_line_do_not_ask_for_the_family() -> None:
+    asks = re.compile(r"\.family\b|\bis_flux\b|\.is_xl\b|\b(FluxRun|SdRun|LoadedSd)\b")
+    for path in [PACKAGE / "generation_engine.py", *(PACKAGE / "cli").glob("*.py")]:
+        for node in ast.walk(tree(path)):
+            found = ast.unparse(node.test) if isinstance(node, ast.If | ast.IfExp | ast.While) else ""
+            found = ast.unparse(node.subject) if isinstance(node, ast.Match) else found
+            assert not asks.search(found), f"{path.name}:{node.lineno} branches on {found}"

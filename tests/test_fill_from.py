@@ -13,11 +13,12 @@ from helpers_layouts import INPUTS, as_gguf, by_candle, weights
 from safetensors.torch import load_file, save_file
 
 from flux_sd.checkpoint import open_checkpoint
+from flux_sd.components import Components, LoadOptions
 from flux_sd.errors import MissingFileError, WeightMapError
-from flux_sd.flux_files import find_files
-from flux_sd.flux_loader import FluxComponents, LoadOptions
+from flux_sd.flux_loader import load_flux
 from flux_sd.load_plan import LoadPlan, fill, keep_stored, plan_load
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_files import find_files
+from flux_sd.model_loader import flux_model
 from flux_sd.numerics import reference
 from flux_sd.request import GenerationRequest
 from flux_sd.versions import SDVersion
@@ -113,16 +114,16 @@ def test_a_wrong_shape_is_not_filled_over(tmp_path: Path) -> None:
 INFO = small_info()
 
 
-def opened(folder: Path, **options: object) -> FluxComponents:
-    return FluxComponents.load(
-        INFO, find_files(folder, {}), torch.device("cpu"), torch.float32, reference(),
+def opened(folder: Path, **options: object) -> Components:
+    return load_flux(
+        INFO, find_files(INFO, folder, {}), torch.device("cpu"), torch.float32, reference(),
         LoadOptions(**options),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def test_a_picture_from_a_completed_file_and_what_is_told(tmp_path: Path) -> None:
     folder, request = write_folder(tmp_path / "model", INFO), GenerationRequest("a kite", seed=1, steps=1)
-    expected = FluxModel(SDVersion.TINY_FLUX, opened(folder)).generate(request)[0]
+    expected = flux_model(SDVersion.TINY_FLUX, opened(folder)).generate(request)[0]
     file, base = folder / FILES["transformer"], tmp_path / "base.safetensors"
     state = load_file(file)
     save_file(state, base)
@@ -130,7 +131,7 @@ def test_a_picture_from_a_completed_file_and_what_is_told(tmp_path: Path) -> Non
     with pytest.raises(WeightMapError, match=r"img_in.weight"):
         opened(folder)
     components = opened(folder, fill_from=base)
-    result = FluxModel(SDVersion.TINY_FLUX, components).generate(request)[0]
+    result = flux_model(SDVersion.TINY_FLUX, components).generate(request)[0]
     assert torch.equal(result.latents, expected.latents)
     (note,) = result.notes
     assert note.startswith(
@@ -143,7 +144,7 @@ def test_a_picture_from_a_completed_file_and_what_is_told(tmp_path: Path) -> Non
 def test_a_base_of_something_else_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", INFO)
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(MissingFileError, match=r"other.safetensors holds no component of a FLUX model"):
+    with pytest.raises(MissingFileError, match=r"other.safetensors holds no component of this model"):
         opened(folder, fill_from=tmp_path / "other.safetensors")
     save_file(dict(networks(INFO)["vae"].state_dict()), tmp_path / "vae.safetensors")
     (note,) = opened(folder, fill_from=tmp_path / "vae.safetensors").placement.notes

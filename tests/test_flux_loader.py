@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_sd import device
 from flux_sd.checkpoint import Checkpoint
+from flux_sd.components import Components, LoadOptions, describe_file, need
 from flux_sd.device import GB, StageNeed, choose_device, choose_dtype, place
 from flux_sd.errors import (
     AmbiguousFileError,
@@ -22,10 +23,10 @@ from flux_sd.errors import (
     NotEnoughMemoryError,
     WeightMapError,
 )
-from flux_sd.flux_files import MAPS, find_files
-from flux_sd.flux_loader import FluxComponents, LoadOptions, describe_file, need
+from flux_sd.flux_loader import load_flux, networks_of
 from flux_sd.load_plan import DECODES
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_files import find_files
+from flux_sd.model_loader import flux_model
 from flux_sd.numerics import reference
 from flux_sd.quantized import PackedRows, QuantizedEmbedding, QuantizedLinear
 from flux_sd.request import GenerationRequest
@@ -52,10 +53,13 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer_2/spiece.model")
 
 @pytest.mark.parametrize(("names", "expected"), INFO_FOLDERS)
 def test_layouts_people_have(tmp_path: Path, names: tuple[str, ...], expected: dict[str, str]) -> None:
-    files = find_files(touch(tmp_path, *names, *TOKENIZER_FILES), {})
-    found = {role: str(getattr(files, role).relative_to(tmp_path)) for role in expected}
+    files = find_files(INFO, touch(tmp_path, *names, *TOKENIZER_FILES), {})
+    found = {role: str(files.networks[role].relative_to(tmp_path)) for role in expected}
     assert found == expected
-    assert files.clip_tokenizer == tmp_path / "tokenizer" and files.t5_tokenizer == tmp_path / "tokenizer_2"
+    assert (
+        files.tokenizers["clip"] == tmp_path / "tokenizer"
+        and files.tokenizers["t5"] == tmp_path / "tokenizer_2"
+    )
 
 
 def test_two_candidates_for_one_role_are_both_named(folder: Path) -> None:
@@ -63,9 +67,9 @@ def test_two_candidates_for_one_role_are_both_named(folder: Path) -> None:
     with pytest.raises(
         AmbiguousFileError, match=r"flux1-other.safetensors and flux1-small.safetensors.*--transformer"
     ):
-        find_files(folder, {})
-    files = find_files(folder, {"transformer": folder / "flux1-small.safetensors"})
-    assert files.transformer.name == "flux1-small.safetensors"
+        find_files(INFO, folder, {})
+    files = find_files(INFO, folder, {"transformer": folder / "flux1-small.safetensors"})
+    assert files.networks["transformer"].name == "flux1-small.safetensors"
 
 
 @pytest.mark.parametrize("role", ["transformer", "vae", "clip", "t5"])
@@ -79,7 +83,7 @@ def test_a_missing_role_is_named_with_what_is_accepted(folder: Path, role: str) 
     path = folder / gone[role]
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(MissingFileError, match=f"holds no {role}: expected .* or give --{role}"):
-        find_files(folder, {})
+        find_files(INFO, folder, {})
 
 
 def test_separate_files_find_tokenizers_beside_their_encoders(folder: Path) -> None:
@@ -89,26 +93,26 @@ def test_separate_files_find_tokenizers_beside_their_encoders(folder: Path) -> N
         "clip": folder / "text_encoder" / "model.safetensors",
         "t5": folder / "text_encoder_2" / "model.safetensors",
     }
-    assert find_files(None, given).t5_tokenizer == folder / "tokenizer_2"
+    assert find_files(INFO, None, given).tokenizers["t5"] == folder / "tokenizer_2"
     with pytest.raises(MissingFileError, match="no file for the t5: give --t5 FILE"):
-        find_files(None, {role: path for role, path in given.items() if role != "t5"})
+        find_files(INFO, None, {role: path for role, path in given.items() if role != "t5"})
     shutil.rmtree(folder / "tokenizer_2")
     with pytest.raises(
         MissingFileError, match="no tokenizer for the t5 encoder: expected a folder tokenizer_2/"
     ):
-        find_files(None, given)
+        find_files(INFO, None, given)
 
 
 def test_a_path_that_is_no_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"path: .* does not exist"):
-        find_files(tmp_path / "nothing", {})
+        find_files(INFO, tmp_path / "nothing", {})
     with pytest.raises(MissingFileError, match=r"vae: .* does not exist"):
-        find_files(tmp_path, {"vae": tmp_path / "nothing"})
+        find_files(INFO, tmp_path, {"vae": tmp_path / "nothing"})
 
 
-def load(folder: Path, automatic: bool = False, dtype: torch.dtype = torch.float32) -> FluxComponents:
+def load(folder: Path, automatic: bool = False, dtype: torch.dtype = torch.float32) -> Components:
     options = LoadOptions(automatic=automatic)
-    return FluxComponents.load(INFO, find_files(folder, {}), CPU, dtype, reference(), options)
+    return load_flux(INFO, find_files(INFO, folder, {}), CPU, dtype, reference(), options)
 
 
 def test_a_tensor_too_few_is_named_before_anything_is_loaded(folder: Path) -> None:
@@ -123,9 +127,7 @@ def test_a_tensor_too_few_is_named_before_anything_is_loaded(folder: Path) -> No
 def test_swapped_encoders_are_refused(folder: Path) -> None:
     clip, t5 = folder / "text_encoder/model.safetensors", folder / "text_encoder_2/model.safetensors"
     with pytest.raises(WeightMapError):
-        FluxComponents.load(
-            INFO, find_files(folder, {"clip": t5, "t5": clip}), CPU, torch.float32, reference()
-        )
+        load_flux(INFO, find_files(INFO, folder, {"clip": t5, "t5": clip}), CPU, torch.float32, reference())
 
 
 def test_a_truncated_file_is_refused(folder: Path) -> None:
@@ -149,7 +151,10 @@ def test_weights_kept_as_stored_give_the_picture_of_widened_ones(
     folder = write_folder(tmp_path / "half", INFO, dtype=torch.bfloat16)
     request = GenerationRequest(prompt="a kite", seed=1, steps=2)
     expected = open_model(folder, INFO).generate(request)[0]
-    largest = max((need(role, INFO) for role in MAPS), key=lambda need: need.parameters)
+    largest = max(
+        (need(role, INFO, network) for role, network in networks_of(INFO, reference()).items()),
+        key=lambda need: need.parameters,
+    )
     room = 4 * largest.parameters + largest.activations + device.OVERHEAD - 1  # a byte too few for float32
     monkeypatch.setattr(device, "available_memory", lambda _: room)
     components = load(folder, automatic=True)
@@ -158,7 +163,7 @@ def test_weights_kept_as_stored_give_the_picture_of_widened_ones(
     kept = [part for part in network.modules() if isinstance(part, (QuantizedLinear, QuantizedEmbedding))]
     assert kept and all(rows.type == "BF16" for part in kept for rows in part.weight.parts)
     assert "widened as they are used" in components.placement.notes[0]
-    result = FluxModel(SDVersion.TINY_FLUX, components).generate(request)[0]
+    result = flux_model(SDVersion.TINY_FLUX, components).generate(request)[0]
     assert torch.equal(result.latents, expected.latents)
     assert result.metadata["stored_dtype_kept"] and result.notes
 
@@ -215,12 +220,10 @@ def test_both_times_of_decoding_paint_the_same_picture_and_say_what_they_take(fo
     results, tables = {}, {}
     for decode in DECODES:
         options = LoadOptions(decode=decode)
-        components = FluxComponents.load(
-            INFO, find_files(folder, {}), CPU, torch.float32, reference(), options
-        )
+        components = load_flux(INFO, find_files(INFO, folder, {}), CPU, torch.float32, reference(), options)
         network = components.network("transformer")
         assert any(isinstance(layer, QuantizedLinear) for layer in network.modules())
-        results[decode] = FluxModel(SDVersion.TINY_FLUX, components).generate(
+        results[decode] = flux_model(SDVersion.TINY_FLUX, components).generate(
             GenerationRequest(prompt="a kite", seed=1, steps=2)
         )[0]
         tables[decode] = results[decode].metadata["weights"]["transformer"]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from flux_sd import image
-from flux_sd.errors import NonFiniteError, OutputError
+from flux_sd.errors import NonFiniteError, OutputError, RequestError
 
 
 def ramp(width: int = 16, height: int = 16) -> Image.Image:
@@ -37,14 +37,14 @@ def test_axes_are_channels_rows_columns() -> None:
 
 
 def test_every_level_survives_the_way_to_a_tensor_and_back() -> None:
-    assert image.difference(image.to_picture(image.to_tensor(ramp())), ramp()) == (0, 0)
-    assert image.to_picture(image.to_tensor(ramp()).double()).tobytes() == ramp().tobytes()
+    assert image.difference(image.to_picture(image.to_unit(ramp())), ramp()) == (0, 0)
+    assert image.to_picture(image.to_unit(ramp()).double()).tobytes() == ramp().tobytes()
 
 
 def test_transparent_parts_become_white() -> None:
     picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
-    assert image.to_tensor(picture)[:, 0].T.tolist() == [[1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]
+    assert image.to_unit(picture)[:, 0].T.tolist() == [[1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -188,3 +188,87 @@ def test_the_record_is_one_line_of_ascii_json(tmp_path: Path) -> None:
     with Image.open(path) as picture:
         text = picture.info[image.RECORD_KEY]
     assert text.isascii() and "\n" not in text and json.loads(text)["prompt"] == RECORD["prompt"]
+
+
+# ------------------------------------------------------------------------------------ pictures and masks in
+
+
+def quarters(width: int, height: int) -> Image.Image:
+    """Black, red, white, blue from left to right."""
+    made = Image.new("RGB", (width, height))
+    for i, colour in enumerate(("black", "red", "white", "blue")):
+        made.paste(colour, (i * width // 4, 0, (i + 1) * width // 4, height))
+    return made
+
+
+def test_a_picture_of_the_right_size_is_not_touched() -> None:
+    for rule in image.FITS:
+        assert image.fit_picture(ramp(), 16, 16, rule).tobytes() == ramp().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "fits"),
+    [
+        ((64, 32), (32, 16), True),
+        ((100, 67), (96, 64), True),  # 96 x 64.32
+        ((100, 67), (64, 96), False),
+        ((101, 67), (48, 32), True),  # 48.24 x 32
+        ((66, 32), (32, 16), False),  # 33 x 16: a whole pixel
+        ((68, 32), (32, 16), False),
+        ((1, 1), (512, 512), True),
+    ],
+)
+def test_proportions_are_the_same_to_less_than_a_pixel(
+    size: tuple[int, int], wanted: tuple[int, int], fits: bool
+) -> None:
+    assert image.same_proportions(size, wanted) == fits
+
+
+def test_crop_cuts_the_same_from_both_sides_and_stretch_keeps_all() -> None:
+    cropped, stretched = (image.fit_picture(quarters(128, 32), 32, 16, rule) for rule in ("crop", "stretch"))
+    assert [cropped.getpixel((x, 8)) for x in (4, 28)] == [(255, 0, 0), (255, 255, 255)]
+    colours = [stretched.getpixel((x, 8)) for x in (4, 12, 20, 28)]
+    assert colours == [(0, 0, 0), (255, 0, 0), (255, 255, 255), (0, 0, 255)]
+    tall = image.fit_picture(quarters(32, 128), 32, 16, "crop")
+    assert [tall.getpixel((x, 8)) for x in (4, 12, 20, 28)] == colours
+    with pytest.raises(RequestError, match="the picture is 128x32 pixels, 32x16 are to be painted"):
+        image.fit_picture(quarters(128, 32), 32, 16)
+    with pytest.raises(RequestError, match="fit 'pad' is unknown: choose refuse, crop, stretch"):
+        image.fit_picture(quarters(128, 32), 32, 16, "pad")
+
+
+def test_a_mask_stays_black_and_white_when_it_is_resized() -> None:
+    mask = image.mask_of(quarters(64, 32), 32, 16)  # white is light, red and blue are dark
+    assert mask.shape == (1, 16, 32) and mask.dtype == torch.float32
+    assert mask[0, 0].tolist() == [0.0] * 16 + [1.0] * 8 + [0.0] * 8
+    with pytest.raises(RequestError, match="the mask is black everywhere, so nothing would be repainted"):
+        image.mask_of(Image.new("L", (8, 8), 127), 8, 8)
+    with pytest.raises(RequestError, match="the mask is 64x32 pixels"):
+        image.mask_of(quarters(64, 32), 16, 16)
+
+
+def test_a_composite_keeps_every_byte_outside_the_mask() -> None:
+    painted = Image.new("RGB", (16, 16), (1, 2, 3))
+    mask = torch.zeros(1, 16, 16)
+    mask[0, 4:9, 2:7] = 1.0
+    made = np.asarray(image.composite(painted, ramp(), mask))
+    inside = mask[0].numpy() == 1
+    assert (made[inside] == [1, 2, 3]).all() and np.array_equal(made[~inside], np.asarray(ramp())[~inside])
+
+
+def test_16_bits_are_rounded_to_the_nearest_level() -> None:
+    grey = np.array([[0, 128, 129, 65_535, 65_407, 65_406, 257 * 100]], dtype=np.uint16)
+    made = image.to_rgb(Image.fromarray(grey))
+    assert [made.getpixel((x, 0)) for x in range(7)] == [(v,) * 3 for v in (0, 0, 1, 255, 255, 254, 100)]
+    for values in (np.array([[70_000]], dtype=np.int32), np.array([[-1]], dtype=np.int32)):
+        with pytest.raises(RequestError, match="values are no levels of 8 or 16 bits"):
+            image.to_rgb(Image.fromarray(values))
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_over_the_ground() -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putdata([0, 1])
+    picture.info["transparency"] = 1
+    assert [image.to_rgb(picture).getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+    assert image.to_rgb(picture, "black").getpixel((1, 0)) == (0, 0, 0)

@@ -17,7 +17,10 @@ from flux_sd.cli import main
 from flux_sd.cli.arguments import COMPONENTS
 from flux_sd.cli.console import printable
 from flux_sd.cli.inspect import SHOWN_METADATA
+from flux_sd.clip import ClipTextConfig
+from flux_sd.unet import UNetConfig
 
+WITH_CLIP_L = ["sd15", "sdxl", "sdxl-turbo", "sd15-inpaint", "sdxl-inpaint"]
 TINY_FLUX = Path(__file__).parent.parent / "flux_sd" / "models" / "tiny_flux"
 
 
@@ -75,7 +78,8 @@ def test_schnell_fits_schnell_alone_and_the_encoders_fit_both(
         paths.items(), documents(capsys, *(str(path) for path in paths.values())), strict=True
     ):
         (part,) = document["parts"]
-        assert part["fits"] == (["flux-schnell"] if role == "transformer" else ["flux-schnell", "flux-dev"])
+        both = ["flux-schnell", "flux-dev", *WITH_CLIP_L] if role == "clip" else ["flux-schnell", "flux-dev"]
+        assert part["fits"] == (["flux-schnell"] if role == "transformer" else both)
         assert shlex.split(document["advice"])[3:] == ["--model", "flux-schnell", f"--{role}", str(path)]
         assert role in COMPONENTS and part["problems"] == []
 
@@ -140,23 +144,53 @@ def test_blocks_are_listed_in_order_with_their_types(
     assert "blocks" not in plain["parts"][0]
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl", "refiner"])
-def test_a_stable_diffusion_file_is_named_and_said_not_to_be_loaded(
-    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "family", "fits"),
+    [
+        ("sd15", "SD 1.x", ["sd15"]),
+        ("sd21", "SD 2.x", ["sd21", "sd21-base"]),
+        ("sdxl", "SDXL", ["sdxl", "sdxl-turbo"]),
+    ],
+)
+def test_a_stable_diffusion_file_fits_the_models_with_its_shapes(
+    kind: str, family: str, fits: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header.safetensors(folder / "sd.safetensors", header.sd_single_file(kind), "F16")
-    printed = "\n".join(lines(capsys, "sd.safetensors"))
-    family = {"sd15": "SD 1.x", "sd21": "SD 2.x", "sdxl": "SDXL", "refiner": "SDXL refiner"}[kind]
-    assert f"a Stable Diffusion UNet, {family}: this release does not load it" in printed
-    assert "use it" not in printed and "of no component: betas, alphas_cumprod, model_ema.decay" in printed
+    printed = lines(capsys, "sd.safetensors")
+    assert cells(printed, "unet")[1] == family and cells(printed, "unet")[-1] == ", ".join(fits)
+    assert "  of no component: betas, alphas_cumprod, model_ema.decay" in printed
+    assert printed[-1] == f"  use it: flux-sd generate 'a prompt' --model {fits[0]} --path sd.safetensors"
     (document,) = documents(capsys, "sd.safetensors")
-    fits = {part["component"]: part["fits"] for part in document["parts"] if part["names"] != "openclip"}
-    if kind in (
-        "sd15",
-        "sdxl",
-    ):  # the encoder that FLUX.1 has too: what else is in the file is in nobody's way
-        assert fits["clip"] == ["flux-schnell", "flux-dev"]
-    assert fits["unet"] == [] and fits["autoencoder"] == []
+    for part in document["parts"]:
+        assert part["problems"] == [] and (set(fits) <= set(part["fits"]) or part["component"] == "other")
+    encoders = [part for part in document["parts"] if part["component"] == "clip"]
+    assert len(encoders) == (2 if kind == "sdxl" else 1)
+    assert ("flux-schnell" in encoders[0]["fits"]) == (kind != "sd21")  # the one that FLUX.1 has too
+
+
+@pytest.mark.parametrize(
+    ("component", "config", "model", "option"),
+    [
+        ("unet", UNetConfig.sd15(), "sd15", "--unet"),
+        ("clip", ClipTextConfig.open_clip_bigg(), "sdxl", "--clip-2"),
+        ("clip", ClipTextConfig.open_clip_h(), "sd21", "--clip"),
+    ],
+)
+def test_a_part_of_stable_diffusion_is_given_by_its_own_option(
+    component: str, config: Any, model: str, option: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header.safetensors(folder / "part.safetensors", header.network(component, config), "F16")
+    printed = lines(capsys, "part.safetensors")
+    assert printed[-1] == f"  use it: flux-sd generate 'a prompt' --model {model} {option} part.safetensors"
+
+
+def test_a_stable_diffusion_file_of_no_built_model_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header.safetensors(folder / "sd.safetensors", header.sd_single_file("refiner"), "F16")
+    printed = "\n".join(lines(capsys, "sd.safetensors"))
+    assert "the UNet of the SDXL refiner, which is not built: this release does not load it" in printed
+    assert "use it" not in printed
 
 
 def test_an_adapter_takes_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +232,11 @@ def test_shards_are_one_checkpoint(folder: Path, capsys: pytest.CaptureFixture[s
     for file, part in halves.items():
         header.safetensors(folder / "text_encoder" / file, dict(part))
     (document,) = documents(capsys, "text_encoder")
-    assert document["files"] == 2 and document["parts"][0]["fits"] == ["flux-schnell", "flux-dev"]
+    assert document["files"] == 2 and document["parts"][0]["fits"] == [
+        "flux-schnell",
+        "flux-dev",
+        *WITH_CLIP_L,
+    ]
 
 
 def test_a_damaged_file_in_a_folder_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from helpers_layouts import COMFYUI, LAYOUTS, Writer, as_gguf, random_state, saf
 
 from flux_sd.checkpoint import open_checkpoint
 from flux_sd.errors import WeightMapError
-from flux_sd.flux_files import MAPS
 from flux_sd.load_plan import Decode, fill, keep_stored, plan_load, staying
+from flux_sd.model_files import FLUX
 from flux_sd.request import GenerationRequest
 
 State = write.State
@@ -74,7 +74,7 @@ def test_one_file_paints_what_a_folder_paints(written: Writer, tmp_path: Path) -
     expected = open_model(folder, INFO).generate(GenerationRequest("a kite", seed=1, steps=1))[0]
     together: State = {}
     for role, network in networks(INFO).items():
-        together |= write.prefixed(dict(network.state_dict()), COMFYUI[MAPS[role]])
+        together |= write.prefixed(dict(network.state_dict()), COMFYUI[FLUX.maps[role]])
     file = tmp_path / "alone" / ("all.safetensors" if written is safetensors else "all.gguf")
     file.parent.mkdir()
     for name in ("tokenizer", "tokenizer_2"):

@@ -11,9 +11,9 @@ import pytest
 from mutants.map_rules import map_mutants
 from mutants.mutant import Mutant
 from mutants.python_rules import python_mutants
-from mutate import ROOT, explained, find_mutants, summary
+from mutate import ROOT, Section, explained, find_mutants, sections, summary, table
 
-NETWORKS = ("flux_mmdit", "t5", "clip", "autoencoder", "sampling")
+NETWORKS = ("flux_mmdit", "t5", "clip", "autoencoder", "sampling", "unet", "schedulers/uni_pc")
 SOURCE = """
 EPS = 1e-6
 def forward(x, y):
@@ -32,6 +32,10 @@ mirror = { reverse = "i" }
 "up.{i}.d" = "blocks.{mirror}.d"
 "e" = "attn.to_q.weight"
 "f" = "attn.to_k.weight"
+
+[pairs.resnet]
+"down.0" = "input_blocks.1.0"
+"down.1" = "input_blocks.2.0"
 """
 
 
@@ -66,6 +70,8 @@ def test_every_rule_finds_its_place_in_a_map(tmp_path: Path) -> None:
     assert ("another third", "third_0(qkv.weight)", "third_1(qkv.weight)") in found
     assert ("no swap_halves", "swap_halves(c.weight)", "c.weight") in found
     assert ("not reversed", "blocks.{mirror}.d", "blocks.{i}.d") in found
+    swapped = '"input_blocks.2.0"\n"down.1" = "input_blocks.1.0"'.strip('"')
+    assert ("blocks exchanged", swapped) in {(rule, after) for rule, _, after in found}
     (exchanged,) = [mutant for mutant in map_mutants(tmp_path, "m.toml") if mutant.rule == "rows exchanged"]
     exchanged.apply(tmp_path / "m.toml", tmp_path / "after.toml")
     rows = tomllib.loads((tmp_path / "after.toml").read_text())["rows"]
@@ -73,7 +79,7 @@ def test_every_rule_finds_its_place_in_a_map(tmp_path: Path) -> None:
 
 
 def test_there_are_enough_and_all_are_programs(mutants: dict[str, Mutant], tmp_path: Path) -> None:
-    counts = Counter(Path(mutant.file).stem for mutant in mutants.values())
+    counts = Counter(mutant.file[len("flux_sd/") : -len(".py")] for mutant in mutants.values())
     assert len(mutants) >= 300 and all(counts[network] >= 10 for network in NETWORKS)
     for mutant in mutants.values():
         mutant.apply(ROOT / mutant.file, tmp_path / "mutated")
@@ -91,3 +97,12 @@ def test_every_proof_is_of_a_mutant_that_exists(mutants: dict[str, Mutant]) -> N
 def test_the_table_has_a_row_for_each_network() -> None:
     text = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
     assert all(f"## flux_sd/{network}.py" in text for network in NETWORKS) and "**nothing**" not in text
+
+
+def test_a_table_that_is_read_back_is_the_same() -> None:
+    text = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
+    assert table(sections(text)) == text
+    made = {
+        "a.py": Section("| a.py | 2 | 1 | 1 |", ["| 1 | `f` | sign | x | y |", "| 2 | `g` | sign | x | z |"])
+    }
+    assert sections(table(made)) == made

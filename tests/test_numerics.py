@@ -8,23 +8,31 @@ import json
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import measure_numerics
 import pytest
 import torch
+from helpers_sd import small_info, write_folder
 from helpers_source import PACKAGE, ROOT, modules, tree
 from measure_numerics import Effect, measure_cheap, painted, stored
 from torch import Tensor, nn
 
 import flux_sd
 from flux_sd import GenerationRequest
+from flux_sd.checkpoint import open_checkpoint
 from flux_sd.cli import main
 from flux_sd.clip import ClipTextConfig
 from flux_sd.errors import RequestError
 from flux_sd.flux_generation import plan_flux
 from flux_sd.flux_loader import build, config_of
+from flux_sd.model_files import find_files
 from flux_sd.numerics import NOT_MIRRORED, Numerics, candle, differences, parse, reference
 from flux_sd.sampling import State, denoise
+from flux_sd.sd_loader import diffusion, networks_of, padding
+from flux_sd.sd_plan import plan_sd
+from flux_sd.text import CLIP_END
 from flux_sd.versions import SDVersion
 
 FIELDS = [field.name for field in fields(Numerics) if field.name != "name"]
@@ -98,6 +106,68 @@ def test_the_loader_sets_clip_s_gelu() -> None:
         assert build("clip", info, numerics).config.activation == activation
     own = config_of("clip", SDVersion.TINY_FLUX.info)
     assert build("clip", SDVersion.TINY_FLUX.info, candle()).config == own  # quick_gelu stays
+
+
+@pytest.mark.parametrize("key", ["sd2-inpaint", "sd21", "sd15-inpaint"])
+def test_only_the_inpainting_model_of_2_is_taken_to_predict_v(key: str, tmp_path: Path) -> None:
+    """Candle runs it with 2.1's configuration; what the user says and the other models' files still hold."""
+    info = small_info(SDVersion.parse(key))
+    files = find_files(info, write_folder(tmp_path, info, scheduler={"prediction_type": "epsilon"}), {})
+
+    def told(numerics: Numerics, asked: str | None = None) -> tuple[str, str]:
+        with open_checkpoint(files.networks["unet"]) as unet:
+            found = diffusion(info, files, unet, numerics, asked)
+        return found.prediction, found.how
+
+    assert told(reference()) == ("epsilon", "scheduler_config.json")
+    taken = ("v_prediction", "candle numerics") if key == "sd2-inpaint" else told(reference())
+    assert told(candle()) == taken
+    assert told(candle(), "epsilon") == ("epsilon", "as asked")
+
+
+@pytest.mark.parametrize(
+    ("key", "steps", "guidance", "sampler"),
+    [("sd15", 30, 7.5, "ddim"), ("sdxl", 30, 7.5, "ddim"), ("sdxl-turbo", 1, None, "euler_ancestral")],
+)
+def test_candle_s_defaults_of_stable_diffusion(
+    key: str, steps: int, guidance: float | None, sampler: str
+) -> None:
+    info = SDVersion.parse(key).info
+    plan = plan_sd(info, GenerationRequest(prompt="x"), candle())
+    assert (plan.steps, plan.guidance, plan.sampler) == (steps, guidance, sampler)
+    own = plan_sd(info, GenerationRequest(prompt="x"), reference())
+    assert info.sd is not None
+    assert (own.steps, own.guidance, own.sampler) == (info.steps, info.guidance, info.sd.sampler)
+    given = GenerationRequest(
+        prompt="x", steps=3, sampler="euler", guidance=None if guidance is None else 2.0
+    )
+    plan = plan_sd(info, given, candle())
+    assert (plan.steps, plan.guidance, plan.sampler) == (3, given.guidance, "euler")  # what is asked
+
+
+def test_candle_s_networks_of_stable_diffusion() -> None:
+    def made(key: str, numerics: Numerics) -> dict[str, Any]:
+        return {
+            role: network.config for role, network in networks_of(SDVersion.parse(key).info, numerics).items()
+        }
+
+    for key in ("sd15", "sd21", "sdxl", "sdxl-turbo"):
+        ours, theirs = made(key, reference()), made(key, candle())
+        assert (ours["unet"].geglu, theirs["unet"].geglu) == ("erf", "tanh")
+        assert (ours["unet"].added_dim, theirs["unet"].added_dim) == (
+            (2816, None) if key.startswith("sdxl") else (None, None)
+        )
+        scales = {"sdxl": (0.13025, 0.18215), "sdxl-turbo": (0.13025, 0.13025)}
+        wanted = scales.get(key, (0.18215, 0.18215))
+        assert (ours["vae"].scale_factor, theirs["vae"].scale_factor) == wanted
+    pads = [
+        padding(role, SDVersion.SDXL.info, n) for n in (reference(), candle()) for role in ("clip", "clip_2")
+    ]
+    assert pads == [CLIP_END, "!", "!", "!"]
+    assert [padding("clip", SDVersion.parse(key).info, candle()) for key in ("sd15", "sd21")] == [
+        CLIP_END,
+        "!",
+    ]
 
 
 class Halves(nn.Module):
@@ -177,6 +247,9 @@ def test_what_needs_the_released_widths_was_measured_there() -> None:
     assert {effect.of for effect in stored() if not effect.cheap} == {
         "bfloat16_softmax",
         "clip_gelu",
+        "geglu",
+        "sdxl_hidden",
+        "sdxl_pad",
         "t5_length",
         "unipc",
     }

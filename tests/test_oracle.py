@@ -22,6 +22,7 @@ from flux_sd.clip import ClipTextConfig, ClipTextEncoder
 from flux_sd.flux_mmdit import Flux, FluxConfig
 from flux_sd.sampling import get_schedule
 from flux_sd.t5 import T5Config, T5Encoder
+from flux_sd.unet import SIZE_WIDTH, UNet, UNetConfig
 
 STORED = Path(__file__).resolve().parent.parent / "reference_outputs" / "oracle"
 TOLERANCE = json.loads((STORED / "manifest.json").read_text(encoding="utf-8"))["tolerance"]
@@ -59,18 +60,44 @@ def clip(config: ClipTextConfig) -> Outputs:
     return outputs | ({"pooled": out.pooled} if out.projected is None else {"projected": out.projected})
 
 
-def autoencoder(config: AutoEncoderConfig, eps: float | None = None) -> Outputs:
+def autoencoder(
+    config: AutoEncoderConfig,
+    eps: float | None = None,
+    change: Callable[[AutoEncoder], None] | None = None,
+) -> Outputs:
     model = AutoEncoder(config)
     fill(model)
+    if change is not None:
+        change(model)
     for module in model.modules():
         if isinstance(module, nn.GroupNorm) and eps is not None:
             module.eps = eps
     image = values("oracle.image", (1, 3, 48, 80))
+    latents = ("oracle.latents", (1, 16, 6, 10)) if config.z_channels == 16 else SD_LATENTS
     return {
         "moments": model.moments(image),
         "encoded": model.encode(image),
-        "decoded": model.decode(values("oracle.latents", (1, 16, 6, 10))),
+        "decoded": model.decode(values(*latents)),
     }
+
+
+SD_LATENTS = ("oracle.sd_latents", (1, 4, 12, 20))
+SD_AUTOENCODER = AutoEncoderConfig(48, 3, 32, 3, (1, 2, 2), 1, 4, 0.18215, 0.0, use_quant_conv=True)
+UNET = UNetConfig(4, (32, 64, 64), (1, 1, 0), 1, (4, 4, 4), 48, False)
+UNET_21 = replace(UNET, heads=(1, 2, 4), linear_projection=True, float32_attention=True)
+UNET_XL = UNetConfig(4, (32, 64, 64), (0, 2, 3), 3, (1, 2, 4), 48, True, 24 + 6 * SIZE_WIDTH)
+SIZES = torch.tensor([[512.0, 768.0, 0.0, 16.0, 640.0, 1024.0], [48.0, 32.0, 8.0, 0.0, 48.0, 40.0]])
+
+
+def unet(config: UNetConfig, size: tuple[int, int] = (8, 12), sizes: Tensor = SIZES) -> Outputs:
+    """Two images at different times in one batch."""
+    noise_pred = fill(UNet(config))(
+        values("oracle.unet_latent", (2, config.in_channels, *size)),
+        torch.tensor([601.0, 17.0]),
+        values("oracle.unet_context", (2, 9, 48)),
+        *((values("oracle.pooled", (2, 24)), sizes) if config.added_dim else ()),
+    )
+    return {"noise_pred": noise_pred}
 
 
 CASES: dict[str, Callable[[], Outputs]] = {
@@ -80,7 +107,16 @@ CASES: dict[str, Callable[[], Outputs]] = {
     "clip": lambda: clip(ClipTextConfig.tiny()),
     "clip_projected": lambda: clip(ClipTextConfig.tiny("gelu", projection_dim=48)),
     "autoencoder": lambda: autoencoder(AutoEncoderConfig.tiny()),
+    "autoencoder_sd": lambda: autoencoder(SD_AUTOENCODER),
+    "unet_sd15": lambda: unet(UNET, (9, 14)),
+    "unet_sd21": lambda: unet(UNET_21),
+    "unet_sdxl": lambda: unet(UNET_XL),
+    "unet_inpaint": lambda: unet(UNET.inpainting()),
 }
+
+
+def tolerance(case: str) -> float:
+    return float(TOLERANCE.get(case, TOLERANCE["networks"]))
 
 
 def differences(case: str, outputs: Outputs) -> dict[str, float]:
@@ -92,7 +128,7 @@ def differences(case: str, outputs: Outputs) -> dict[str, float]:
         assert outputs[name].shape == reference.shape and outputs[name].dtype == torch.float32
         ours, theirs = outputs[name].double(), reference.double()
         found[name] = ((ours - theirs).norm() / theirs.norm()).item()
-        print(f"{case}.{name}: {found[name]:.1e} (at most {TOLERANCE['networks']:.0e})")
+        print(f"{case}.{name}: {found[name]:.1e} (at most {tolerance(case):.0e})")
     return found
 
 
@@ -100,7 +136,7 @@ def differences(case: str, outputs: Outputs) -> dict[str, float]:
 @torch.inference_mode()
 def test_networks_agree(case: str) -> None:
     found = differences(case, CASES[case]())
-    assert max(found.values()) <= TOLERANCE["networks"], found
+    assert max(found.values()) <= tolerance(case), found
 
 
 # ---------------------------------------------------------------- what the comparison would catch
@@ -123,6 +159,10 @@ def turn_positions(model: Flux) -> None:
     model.config = replace(model.config, theta=1000)
 
 
+def skip_the_quant_convolutions(model: AutoEncoder) -> None:
+    model.quant_conv = model.post_quant_conv = None
+
+
 ERRORS: dict[str, tuple[str, Callable[[], Outputs]]] = {
     "final halves not swapped": ("flux_schnell", lambda: flux(FluxConfig.tiny(), forget_the_swap)),
     "q and k exchanged": ("flux_schnell", lambda: flux(FluxConfig.tiny(), exchange_q_and_k)),
@@ -138,6 +178,17 @@ ERRORS: dict[str, tuple[str, Callable[[], Outputs]]] = {
         lambda: clip(ClipTextConfig.tiny("gelu_tanh", projection_dim=48)),
     ),
     "shift": ("autoencoder", lambda: autoencoder(replace(AutoEncoderConfig.tiny(), shift_factor=0.0))),
+    "quant convolutions": (
+        "autoencoder_sd",
+        lambda: autoencoder(SD_AUTOENCODER, change=skip_the_quant_convolutions),
+    ),
+    "scale": ("autoencoder_sd", lambda: autoencoder(replace(SD_AUTOENCODER, scale_factor=0.13025))),
+    "gate by tanh": ("unet_sd15", lambda: unet(replace(UNET, geglu="tanh"), (9, 14))),
+    "gate by tanh, XL": ("unet_sdxl", lambda: unet(replace(UNET_XL, geglu="tanh"))),
+    "heads per level": ("unet_sd21", lambda: unet(replace(UNET_21, heads=(4, 4, 4)))),
+    "no sizes": ("unet_sdxl", lambda: unet(UNET_XL, sizes=torch.zeros_like(SIZES))),
+    "width before height": ("unet_sdxl", lambda: unet(UNET_XL, sizes=SIZES[:, [1, 0, 3, 2, 5, 4]])),
+    "nothing added": ("unet_sdxl", lambda: unet(replace(UNET_XL, added_dim=None))),
     "norm epsilon": ("autoencoder", lambda: autoencoder(AutoEncoderConfig.tiny(), eps=1e-4)),
 }
 
@@ -146,7 +197,7 @@ ERRORS: dict[str, tuple[str, Callable[[], Outputs]]] = {
 @torch.inference_mode()
 def test_planted_errors_are_found(error: str) -> None:
     case, run = ERRORS[error]
-    assert max(differences(case, run()).values()) > 2 * TOLERANCE["networks"]
+    assert max(differences(case, run()).values()) > 2 * tolerance(case)
 
 
 # ---------------------------------------------------------------- schedules

@@ -19,10 +19,12 @@ from flux_sd.errors import WeightMapError
 from flux_sd.flux_mmdit import FluxConfig
 from flux_sd.sniff import OTHER, _facts_file, _parse_fact, load_facts, sniff, sniff_header
 from flux_sd.t5 import T5Config
+from flux_sd.unet import UNetConfig
 from flux_sd.weight_map import find_kinds, load_kinds, load_maps
 
 Shapes = header.Shapes
-CONFIGS = {"flux_mmdit": FluxConfig, "autoencoder": AutoEncoderConfig, "clip": ClipTextConfig, "t5": T5Config}
+CONFIGS = {"flux_mmdit": FluxConfig, "autoencoder": AutoEncoderConfig, "clip": ClipTextConfig, "t5": T5Config,
+           "unet": UNetConfig}  # fmt: skip
 
 
 def told(shapes: Shapes) -> list[str]:
@@ -99,7 +101,7 @@ WHOLE: dict[str, tuple[str, Callable[[], Shapes]]] = {
         lambda: header.reference("unet_sd15") | {"conv_in.weight": (320, 9, 3, 3)},
     ),
     "pix2pix unet": (
-        "unet/ldm/SD 1.x/instruct-pix2pix (8 input channels)", lambda: header.unet_ldm(768, channels=8)
+        "unet/ldm_sd/SD 1.x/instruct-pix2pix (8 input channels)", lambda: header.unet_ldm(768, channels=8)
     ),
     "sd3": ("transformer/sd3//", lambda: header.reference("mmdit_tiny_sd3_f16")),
     "sd3.5": ("transformer/sd3//", lambda: header.reference("mmdit_tiny_sd35_f16")),
@@ -125,15 +127,18 @@ def test_every_prefix_of_every_map(weight_map: object) -> None:
 
 
 SINGLE_FILES = {
-    "sd15": ["autoencoder/diffusers/SD 1, 2 or XL/", "clip/hf/CLIP-L/", "unet/ldm/SD 1.x/"],
-    "sd21": ["autoencoder/diffusers/SD 1, 2 or XL/", "clip/openclip/OpenCLIP-H (SD 2)/", "unet/ldm/SD 2.x/"],
+    "sd15": ["autoencoder/diffusers/SD 1, 2 or XL/", "clip/hf/CLIP-L/", "unet/ldm_sd/SD 1.x/"],
+    "sd21": [
+        "autoencoder/diffusers/SD 1, 2 or XL/", "clip/openclip/OpenCLIP-H (SD 2)/",
+        "unet/ldm_sd/SD 2.x/",
+    ],
     "sdxl": [
         "autoencoder/diffusers/SD 1, 2 or XL/", "clip/hf/CLIP-L/", "clip/openclip/OpenCLIP-bigG (SDXL)/",
-        "unet/ldm/SDXL/",
+        "unet/ldm_xl/SDXL/",
     ],
     "refiner": [
         "autoencoder/diffusers/SD 1, 2 or XL/", "clip/openclip/OpenCLIP-bigG (SDXL)/",
-        "unet/ldm/SDXL refiner/",
+        "refiner/ldm//",
     ],
 }  # fmt: skip
 
@@ -149,9 +154,10 @@ def test_a_stable_diffusion_file_is_split_by_component(kind: str) -> None:
 
 
 def test_marks_of_the_training_stand_beside_the_unet() -> None:
-    shapes = header.behind("model.diffusion_model.", header.unet_ldm(2048, added=2816))
-    assert told(shapes | {"v_pred": (), "ztsnr": ()}) == ["unet/ldm/SDXL/v-prediction"]
-    assert told(shapes | {"edm_mean": (4,), "edm_std": (4,)}) == ["unet/ldm/SDXL/EDM"]
+    shapes = header.behind("model.diffusion_model.", header.unet_ldm(2048))
+    assert told(shapes | {"v_pred": (), "ztsnr": ()}) == ["unet/ldm_xl/SDXL/v-prediction"]
+    assert told(shapes | {"edm_mean": (4,), "edm_std": (4,)}) == ["edm/ldm//"]
+    assert told(shapes | {"edm_vpred.sigma_max": ()}) == ["edm/ldm//"]
 
 
 def test_an_all_in_one_file_is_split_by_component(tmp_path: Path) -> None:
@@ -296,7 +302,7 @@ def test_every_kind_is_found_by_its_own_tensors(index: int) -> None:
     kind = load_kinds()[index]
     for name in kind.any:
         for prefix in kind.prefixes:
-            names = [prefix + each for each in (name, *kind.all)]
+            names = [*kind.beside[:1], *(prefix + each for each in (name, *kind.all))]
             assert (kind.what, prefix) in [(found.what, behind) for found, behind in find_kinds(names)]
     for ending in kind.ends:
         assert find_kinds(["x" + ending]) == ((kind, ""),)

@@ -59,5 +59,13 @@ def test_whole_folders_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixtur
     for folder in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert (tmp_path / folder / "config.json").is_file()
         assert len(list((tmp_path / folder).glob("*.safetensors"))) == 1
-    assert synthetic.main(["sd15", str(tmp_path)]) == 2
-    assert "not built" in capsys.readouterr().err
+    for words, says in (
+        (["sd15", "--layout", "bfl"], "sd15 comes as --layout diffusers or ldm, whole"),
+        (["flux-dev", "--layout", "ldm"], "flux-dev comes as --layout bfl or diffusers"),
+        (["sdxl-inpaint", "--layout", "ldm"], "sdxl-inpaint was never released as a single file"),
+        (["sd15", "--container", "ckpt"], "--container ckpt goes with ldm"),
+        (["sd15", "--layout", "ldm", "--shard-size", "1"], "a single file has no shards"),
+    ):
+        assert synthetic.main([words[0], str(tmp_path / "refused"), *words[1:]]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()

@@ -14,7 +14,7 @@ import pytest
 
 import flux_sd
 from flux_sd.errors import MissingFileError, PromptTooLongError, RequestError, TokenizerError
-from flux_sd.text import ClipTokenizer, T5Tokenizer, describe_cut, require_whole
+from flux_sd.text import ClipTokenizer, T5Tokenizer, describe_cut, describe_weighting, require_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "reference_outputs" / "tokenizers"
@@ -86,7 +86,8 @@ def test_ids_of_the_released_clip() -> None:
     tokenizer = ClipTokenizer.load(hub("black-forest-labs/FLUX.1-dev/tokenizer"))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49408, 49406, 49407)
     assert tokenizer.encode("a cat").ids == [49406, 320, 2368] + [49407] * 74
-    assert tokenizer.encode("a cat", pad_token="!").ids == [49406, 320, 2368, 49407] + [0] * 73
+    second = ClipTokenizer.load(hub("stabilityai/stable-diffusion-xl-base-1.0/tokenizer_2"), "CLIP 2", "!")
+    assert second.encode("a cat").ids == [49406, 320, 2368, 49407] + [0] * 73
     assert differing(tokenizer, "clip_released") == set()
 
 
@@ -167,7 +168,13 @@ def test_t5_around_its_limits(kind: str, length: int, over: int) -> None:
 
 def test_other_pads_and_lengths(clip: ClipTokenizer, t5: T5Tokenizer) -> None:
     the, mark = clip.encode("the").ids[1], json.loads((TINY / "clip" / "vocab.json").read_text())["!"]
-    assert clip.encode("the", 5, pad_token="!").ids == [clip.bos_id, the, clip.eos_id, mark, mark]
+    second = ClipTokenizer.load(TINY / "clip", "CLIP 2", "!")
+    assert second.pad_id == mark and clip.pad_id == clip.eos_id
+    assert (
+        second.encode("the", 5).ids
+        == clip.encode("the", 5, pad_id=mark).ids
+        == [clip.bos_id, the, clip.eos_id, mark, mark]
+    )
     assert clip.encode("", 2).ids == [clip.bos_id, clip.eos_id]
     assert t5.encode("", 3).ids == [t5.eos_id, t5.pad_id, t5.pad_id]
     with pytest.raises(RequestError, match="CLIP length 1"):
@@ -175,7 +182,7 @@ def test_other_pads_and_lengths(clip: ClipTokenizer, t5: T5Tokenizer) -> None:
     with pytest.raises(RequestError, match="T5 length 0"):
         t5.encode("the", 0)
     with pytest.raises(TokenizerError, match="<nothing>"):
-        clip.encode("the", pad_token="<nothing>")
+        ClipTokenizer.load(TINY / "clip", pad_token="<nothing>")
 
 
 # ---------------------------------------------------------------- what was cut
@@ -311,3 +318,30 @@ def test_a_vocabulary_without_the_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     with pytest.raises(TokenizerError, match="startoftext"):
         ClipTokenizer.load(tmp_path)
+
+
+def test_a_second_encoder_reports_under_its_own_name() -> None:
+    second = ClipTokenizer.load(TINY / "clip", "CLIP 2", "!")
+    report = second.encode("the " * 100).report
+    assert report.message.startswith("CLIP 2 reads the first 77 of 102 tokens")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        ("a (red:1.3) kite", "(red:1.3)"),
+        ("a ((very red:1.1) sky)", "(very red:1.1)"),
+        ("(sky2 : .5)", "(sky2 : .5)"),
+        ("(low quality:2)", "(low quality:2)"),
+        ("(red:-1.5)", "(red:-1.5)"),
+        ("a (red) kite", None),
+        ("a ((red)) kite", None),
+        (r"a \(red:1.3\) kite", None),
+        ("a clock (at 10:30) in 16:9 (4:3)", None),
+        ("note: 1.3", None),
+    ],
+)
+def test_weights_are_reported_and_plain_parentheses_are_not(prompt: str, quoted: str | None) -> None:
+    note = describe_weighting(prompt)
+    assert (note is None) == (quoted is None)
+    assert quoted is None or repr(quoted) in str(note)

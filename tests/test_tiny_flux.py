@@ -13,7 +13,7 @@ from PIL import Image
 
 import flux_sd
 from flux_sd.checkpoint import open_checkpoint
-from flux_sd.image import difference, open_picture, pixel_hash, to_tensor
+from flux_sd.image import difference, open_picture, pixel_hash, to_unit
 from flux_sd.model_loader import embedded_folder, parts_of
 from flux_sd.request import Event, GenerationRequest, Preview
 from flux_sd.text import ClipTokenizer
@@ -107,7 +107,7 @@ def test_previews_look_like_the_picture(tiny_flux: flux_sd.LoadedModel) -> None:
         (result,) = tiny_flux.generate(request, on_event=events.append)
         (preview,) = [event.picture for event in events if isinstance(event, Preview)]
         size = (16, 16)  # what a preview resolves: one latent position
-        pair = [to_tensor(p.resize(size, Image.Resampling.BOX)).flatten() for p in (preview, result.image)]
+        pair = [to_unit(p.resize(size, Image.Resampling.BOX)).flatten() for p in (preview, result.image)]
         scores.append(torch.corrcoef(torch.stack(pair))[0, 1].item())
     assert min(scores) >= 0.8, scores
 
@@ -116,7 +116,7 @@ def test_a_prompt_outside_its_world_still_gives_a_picture(tiny_flux: flux_sd.Loa
     (result,) = tiny_flux.generate(
         GenerationRequest(prompt="Ein Leuchtturm \U0001f30a im Nebel, 35 mm", seed=3)
     )
-    assert to_tensor(result.image).std() > 0.05
+    assert to_unit(result.image).std() > 0.05
 
 
 def test_other_sizes_and_half_precision_work() -> None:

@@ -22,12 +22,14 @@ from flux_sd import image, record_file
 from flux_sd.checkpoint import open_checkpoint
 from flux_sd.cli import main
 from flux_sd.errors import NonFiniteError, OutputError, RequestError
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_loader import Model
+from flux_sd.numerics import reference
+from flux_sd.outline import FLUX_ALONE
 from flux_sd.record_file import RecordWriter
 from flux_sd.request import GenerationRequest
 from flux_sd.sampling import get_noise
 from flux_sd.stage_inputs import StageInputs
-from flux_sd.trace import STAGES, Selection, Stage, stages, stages_of, trace, trace_stage
+from flux_sd.trace import Selection, Stage, stages, stages_of, trace, trace_stage
 
 ORDER = GenerationRequest("a slice of pizza on a blue background", seed=1, steps=2)
 # Everything that `run` in tools/candle_reference/src/run/flux.rs inserts into its record, for two steps.
@@ -38,12 +40,12 @@ CANDLE_NAMES = {
 
 
 @pytest.fixture(scope="module")
-def model(tiny_flux: FluxModel) -> FluxModel:
+def model(tiny_flux: Model) -> Model:
     return tiny_flux
 
 
 @pytest.fixture(scope="module")
-def record(model: FluxModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage there is, of two steps of tiny-flux."""
     path = tmp_path_factory.mktemp("trace") / "run.safetensors"
     trace(model, ORDER, path, patterns=["*"])
@@ -169,15 +171,15 @@ def test_memory_does_not_grow_with_the_record(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ names
 
 
-def test_the_list_is_what_a_run_records(model: FluxModel, record: Path) -> None:
+def test_the_list_is_what_a_run_records(model: Model, record: Path) -> None:
     """`stages` looks at networks on the meta device; the record comes from a run."""
-    expected = [stage.name for stage in stages(model.version.info, 2)]
+    expected = [stage.name for stage in stages(model.version.info, ORDER, reference())]
     assert len(set(expected)) == len(expected) > 400
     assert set(names_in_order(record)) == set(expected)
 
 
-def test_the_usual_record_holds_every_block(model: FluxModel) -> None:
-    usual = [stage.name for stage in stages(model.version.info, 2) if stage.default]
+def test_the_usual_record_holds_every_block(model: Model) -> None:
+    usual = [stage.name for stage in stages(model.version.info, ORDER, reference()) if stage.default]
     for name in (
         "clip.ids", "clip.text_model.encoder.layers.1", "t5.encoder.block.1", "t5.hidden", "noise",
         "timesteps", "step.0.latents", "step.0.inputs.vec", "step.0.time_in", "step.1.double_blocks.1.img",
@@ -228,7 +230,7 @@ def test_stages_lie_in_the_order_of_the_run(record: Path) -> None:
 # ------------------------------------------------------------------------------------------ values
 
 
-def test_the_record_is_the_run(model: FluxModel, record: Path) -> None:
+def test_the_record_is_the_run(model: Model, record: Path) -> None:
     """Values of the record against the same numbers by another way; the picture against an untraced one."""
     read = load_file(record)
     (result,) = model.generate(ORDER)
@@ -246,7 +248,7 @@ def test_the_record_is_the_run(model: FluxModel, record: Path) -> None:
     assert json.loads(said["files"]).keys() >= {"transformer", "t5", "clip", "vae"}
 
 
-def test_what_lies_inside_a_block_makes_the_block(model: FluxModel, record: Path) -> None:
+def test_what_lies_inside_a_block_makes_the_block(model: Model, record: Path) -> None:
     read = load_file(record)
     inside = "step.0.single_blocks.0"
     before = torch.cat([read[f"step.0.double_blocks.1.{part}"] for part in ("txt", "img")], dim=1)
@@ -254,9 +256,9 @@ def test_what_lies_inside_a_block_makes_the_block(model: FluxModel, record: Path
     assert torch.allclose(after, read[inside], rtol=0, atol=1e-5 * float(after.abs().max()))
 
 
-def test_nothing_is_left_on_the_model(model: FluxModel, record: Path) -> None:
+def test_nothing_is_left_on_the_model(model: Model, record: Path) -> None:
     assert record.exists() and not model.components.watchers
-    for role in STAGES.values():
+    for role in model.components.roles:
         for part in model.components.network(role).modules():
             assert not part._forward_hooks and not part._forward_pre_hooks
 
@@ -280,25 +282,25 @@ def test_like_candle_writes_what_candle_writes(tmp_path: Path) -> None:
     assert load_file(plain.path)["t5.hidden"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [name for name in FLUX_ALONE if name != "vae-encode"])
 def test_a_stage_alone_is_bit_equal_to_the_run(
-    stage: str, model: FluxModel, record: Path, tmp_path: Path
+    stage: str, model: Model, record: Path, tmp_path: Path
 ) -> None:
     with open_checkpoint(record) as given:
-        inputs = StageInputs(given, model.version.info.flux, step=1 if stage == "transformer" else 0)
+        inputs = StageInputs(given, model.components.config, step=1 if stage == "transformer" else 0)
         done = trace_stage(model.components, stage, inputs, tmp_path / "stage.safetensors", patterns=["*"])
     whole, alone = load_file(record), load_file(done.path)
     last = {"clip": "clip.pooled", "t5": "t5.hidden", "transformer": "step.1.velocity", "vae-decode": "image"}
     assert last[stage] in alone and len(alone) > 20
-    assert set(alone) == {known.name for known in stages_of(stage, model.version.info, inputs.step)}
+    assert set(alone) == {
+        known.name for known in stages_of(stage, model.version.info, reference(), inputs.step)
+    }
     for name, tensor in alone.items():
         assert torch.equal(tensor, whole[name]), name
     assert metadata(done.path)["stage"] == stage
 
 
-def test_inputs_may_be_made_by_hand_or_come_from_candle(
-    model: FluxModel, record: Path, tmp_path: Path
-) -> None:
+def test_inputs_may_be_made_by_hand_or_come_from_candle(model: Model, record: Path, tmp_path: Path) -> None:
     """The transformer at the second step: from its arguments, and from a run's latents and text states."""
     whole = load_file(record)
     by_hand = {
@@ -309,7 +311,7 @@ def test_inputs_may_be_made_by_hand_or_come_from_candle(
     save_file({name: whole[name] for name in CANDLE_NAMES}, tmp_path / "candle.safetensors")
     for file, step in (("hand", 0), ("candle", 1)):
         with open_checkpoint(tmp_path / f"{file}.safetensors") as given:
-            inputs = StageInputs(given, model.version.info.flux, step)
+            inputs = StageInputs(given, model.components.config, step)
             done = trace_stage(model.components, "transformer", inputs, tmp_path / f"{file}_out.safetensors")
         assert torch.equal(load_file(done.path)[f"step.{step}.velocity"], whole["step.1.velocity"]), file
 
@@ -406,12 +408,12 @@ INPUTS = {
     ],
 )
 def test_inputs_that_do_not_fit_the_transformer(
-    change: dict[str, Tensor | None], sentence: str, model: FluxModel, tmp_path: Path
+    change: dict[str, Tensor | None], sentence: str, model: Model, tmp_path: Path
 ) -> None:
     changed = {name: tensor for name, tensor in {**INPUTS, **change}.items() if tensor is not None}
     save_file(changed, tmp_path / "in.safetensors")
     with open_checkpoint(tmp_path / "in.safetensors") as given, pytest.raises(RequestError, match=sentence):
-        StageInputs(given, model.version.info.flux).transformer(None)
+        StageInputs(given, model.components.config).transformer()
 
 
 @pytest.mark.parametrize(
@@ -424,17 +426,17 @@ def test_inputs_that_do_not_fit_the_transformer(
         (torch.ones(1, 1, 7, dtype=torch.int64), "expected"),
     ],
 )
-def test_ids_that_do_not_fit(ids: Tensor, sentence: str, model: FluxModel, tmp_path: Path) -> None:
+def test_ids_that_do_not_fit(ids: Tensor, sentence: str, model: Model, tmp_path: Path) -> None:
     save_file({"ids": ids}, tmp_path / "in.safetensors")
     with open_checkpoint(tmp_path / "in.safetensors") as given, pytest.raises(RequestError, match=sentence):
-        StageInputs(given, model.version.info.flux).ids("clip")
+        StageInputs(given, model.components.config).ids("clip")
 
 
-def test_a_trace_is_of_one_picture(model: FluxModel, tmp_path: Path) -> None:
+def test_a_trace_is_of_one_picture(model: Model, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="of one picture, not of 2"):
         trace(model, GenerationRequest("a cat", batch=2), tmp_path / "x.safetensors")
     with pytest.raises(RequestError, match="embeds no guidance"), open_checkpoint(_saved(tmp_path)) as given:
-        StageInputs(given, model.version.info.flux).transformer(3.5)
+        StageInputs(given, model.components.config, guidance=3.5).transformer()
 
 
 def _saved(folder: Path) -> Path:
@@ -442,7 +444,7 @@ def _saved(folder: Path) -> Path:
     return folder / "in.safetensors"
 
 
-def test_a_record_is_not_overwritten_unasked(model: FluxModel, record: Path) -> None:
+def test_a_record_is_not_overwritten_unasked(model: Model, record: Path) -> None:
     before = record.stat().st_mtime_ns
     with pytest.raises(OutputError, match="exists"):
         trace(model, ORDER, record)

@@ -19,6 +19,7 @@ from flux_sd.flux_mmdit import FluxConfig
 from flux_sd.load_plan import LoadPlan, PlannedParameter, _make, compare, fill, keep_stored, place, plan_load
 from flux_sd.t5 import T5Config
 from flux_sd.tensor_info import DTYPES, Header, TensorInfo
+from flux_sd.unet import UNetConfig
 from flux_sd.weight_map import Row, Template, WeightMap, find_map, identify, load_maps, maps_folder, read_map
 
 State = write.State
@@ -42,6 +43,17 @@ DIALECTS: dict[str, tuple[str, Callable[[State], State], str]] = {
     "t5 embed_tokens": ("t5", lambda s: write.t5_embedding(s, EMBED), "t5.hf"),
     "t5 llama.cpp": ("t5", write.t5_llama_cpp, "t5.llama_cpp"),
     "t5 both": ("t5", lambda s: write.t5_embedding(s, "shared.weight", EMBED), "t5.hf"),
+    "openclip": ("clip", write.open_clip, "clip.openclip"),
+    "unet": ("unet", dict, "unet.diffusers"),
+    "unet ldm": ("unet", write.unet_ldm, "unet.ldm_sd"),
+    "unet ldm xl": ("unet", write.unet_ldm, "unet.ldm_xl"),
+}
+# where a dialect is of a model of its own
+CONFIGS: dict[str, object] = {
+    "clip.openclip": ClipTextConfig.tiny("gelu", projection_dim=64),
+    "unet.diffusers": write.UNET_XL,
+    "unet.ldm_sd": write.UNET_SD,
+    "unet.ldm_xl": write.UNET_XL,
 }
 REAL = {
     ("flux_mmdit", 780): FluxConfig.dev(),
@@ -51,7 +63,18 @@ REAL = {
     ("clip", 196): ClipTextConfig.clip_l(),
     ("t5", 219): T5Config.v1_1_xxl(),
 }
+FULL_SIZE: dict[str, tuple[object, ...]] = {
+    "clip.openclip": (ClipTextConfig.open_clip_bigg(),),
+    "unet.diffusers": (UNetConfig.sd15(), UNetConfig.sdxl()),
+    "unet.ldm_sd": (UNetConfig.sd15(), UNetConfig.sd21()),
+    "unet.ldm_xl": (UNetConfig.sdxl(),),
+}
 SOURCES = {("flux_mmdit.diffusers", 780): 1160, ("flux_mmdit.diffusers", 776): 1156}  # elsewhere one to one
+
+
+def config_of(map_name: str) -> object:
+    """The tiny config whose weights are written in a map's dialect."""
+    return CONFIGS.get(map_name) or write.CONFIGS[map_name.partition(".")[0]]
 
 
 def load(component: str, path: Path, config: object | None = None, **options: object) -> State:
@@ -93,21 +116,23 @@ def headers_only(names_shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") 
 @pytest.mark.parametrize("case", DIALECTS)
 def test_values_survive_every_dialect(case: str, tmp_path: Path) -> None:
     component, written, expected_map = DIALECTS[case]
-    state = write.random_state(component)
+    config = config_of(expected_map)
+    state = write.random_state(component, config)
     path = write.save(written(state), tmp_path / "model.safetensors")
     with open_checkpoint(path) as checkpoint:
         assert find_map(component, checkpoint.names)[0].name == expected_map
-    assert_equal(load(component, path), state)
+    assert_equal(load(component, path, config), state)
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_values_behind_every_prefix(name: str, tmp_path: Path) -> None:
     weight_map = MAPS[name]
     component, written, _ = next(case for case in DIALECTS.values() if case[2] == name)
-    state = write.random_state(component)
+    config = config_of(name)
+    state = write.random_state(component, config)
     for prefix in weight_map.prefixes:
         path = write.save(write.prefixed(written(state), prefix), tmp_path / "model.safetensors")
-        assert_equal(load(component, path), state)
+        assert_equal(load(component, path, config), state)
 
 
 def test_autoencoder_with_quant_convolutions(tmp_path: Path) -> None:
@@ -283,7 +308,7 @@ def test_every_map_covers_the_real_configs(component: str, count: int) -> None:
     names = write.build(component, config).state_dict().keys()
     assert len(names) == count
     for weight_map in MAPS.values():
-        if weight_map.component == component:
+        if weight_map.component == component and weight_map.name not in FULL_SIZE:
             rows = weight_map.expand(config, names)
             sources = [source for row in rows.values() for source in row.sources]
             assert len(rows) == count
@@ -293,7 +318,8 @@ def test_every_map_covers_the_real_configs(component: str, count: int) -> None:
 def test_every_row_makes_something_of_its_own() -> None:
     """Each row makes parameters of a known config that no other row makes: deleting any is noticed."""
     for weight_map in MAPS.values():
-        configs = [config for (component, _), config in REAL.items() if component == weight_map.component]
+        same = [config for (component, _), config in REAL.items() if component == weight_map.component]
+        configs: list[object] = list(FULL_SIZE.get(weight_map.name, same))
         if weight_map.component == "clip":
             configs.append(ClipTextConfig.tiny(projection_dim=8))
         made: dict[str, set[str]] = {template.target: set() for template in weight_map.templates}
@@ -310,9 +336,10 @@ def test_every_row_makes_something_of_its_own() -> None:
 def test_a_deleted_doubled_or_renamed_row_fails_the_check(name: str) -> None:
     weight_map = MAPS[name]
     component, written, _ = next(case for case in DIALECTS.values() if case[2] == name)
-    config, module = write.CONFIGS[component], write.build(component)
+    config = config_of(name)
+    module = write.build(component, config)
     names = module.state_dict().keys()
-    state = written(write.random_state(component))
+    state = written(write.random_state(component, config))
     checkpoint = headers_only({key: tuple(tensor.shape) for key, tensor in state.items()})
     assert not compare(weight_map, "", module, config, checkpoint)[1]
     for template in weight_map.templates:
@@ -355,9 +382,11 @@ def test_released_shard_indexes_are_covered(hub_dir: Path) -> None:
 
 @pytest.mark.parametrize("case", DIALECTS)
 def test_one_tensor_missing_extra_or_misshapen_is_named(case: str) -> None:
-    component, written, _ = DIALECTS[case]
-    shapes = {name: tuple(tensor.shape) for name, tensor in written(write.random_state(component)).items()}
-    module, config = write.build(component), write.CONFIGS[component]
+    component, written, map_name = DIALECTS[case]
+    config = config_of(map_name)
+    state = written(write.random_state(component, config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    module = write.build(component, config)
 
     def problems(changed: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
         with pytest.raises(WeightMapError) as caught:
@@ -392,10 +421,15 @@ def test_a_file_of_another_component_is_called_by_its_name(given: str, wanted: s
     ("names", "what"),
     [
         (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "LoRA"),
-        (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
+        (
+            ["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"],
+            "a Stable Diffusion UNet, not",
+        ),
+        (["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"], "a Stable Diffusion UNet, not"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a UNet that is no"),
         (
             ["conv_in.weight", "time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"],
-            "Stable Diffusion UNet",
+            "a UNet that is no",
         ),
         (["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"], "FLUX.2"),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.bias"], "Chroma"),

@@ -17,10 +17,11 @@ import pytest
 
 from flux_sd.cli import main
 from flux_sd.errors import AmbiguousFileError, CheckpointError, FluxSdError, MissingFileError, WeightMapError
-from flux_sd.flux_files import MAPS, find_files
+from flux_sd.model_files import FLUX, find_files
+from flux_sd.versions import SDVersion
 
 TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
-ROLES = tuple(MAPS)
+ROLES = tuple(FLUX.maps)
 TITLES = {
     "clip": "a CLIP text encoder", "t5": "a T5 encoder", "transformer": "a FLUX.1 transformer",
     "vae": "an autoencoder (VAE)",
@@ -119,7 +120,7 @@ STRANGERS: dict[str, tuple[Callable[[], header.Shapes], str]] = {
     "lora": (lambda: {"lora_unet_single_blocks_0_linear1.lora_up.weight": (9, 4)}, "a LoRA (kohya's names)"),
     "sd3": (lambda: header.reference("mmdit_tiny_sd3_f16"), "a Stable Diffusion 3 transformer"),
     "flux.2": (lambda: {"double_stream_modulation_img.lin.weight": (9, 9)}, "a FLUX.2 transformer"),
-    "openclip": (lambda: header.open_clip(1280, 2), "an OpenCLIP text encoder"),
+    "openclip": (lambda: header.open_clip(1280, 2), "a CLIP text encoder, OpenCLIP-bigG (SDXL)"),
     "unknown": (lambda: {"nothing.known": (1,)}, "names of no known layout"),
 }
 
@@ -242,24 +243,28 @@ def test_a_single_file_of_another_model_is_no_path(
     assert "holds a Stable Diffusion UNet, SDXL: a folder, or a file with" in said
 
 
-def test_two_precisions_in_one_folder_are_offered_as_a_choice(
+def test_of_two_precisions_the_plain_one_is_taken_and_two_others_are_offered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As diffusers takes them: a variant in the name has to be asked for."""
     names = {"transformer": "flux1-schnell.safetensors", "vae": "ae.safetensors", "t5": "t5xxl.safetensors"}
     for role, name in names.items():
         header.safetensors(tmp_path / name, PARTS[role]())
     for name in ("tokenizer", "tokenizer_2"):
         (tmp_path / name).mkdir()
-    for name in ("model.safetensors", "model.fp16.safetensors"):
-        header.safetensors(tmp_path / "text_encoder" / name, header.clip_l())
+    info, folder = SDVersion.FLUX_SCHNELL.info, tmp_path / "text_encoder"
+    for name in ("model.fp16.safetensors", "model.safetensors", "model.bf16.safetensors"):
+        header.safetensors(folder / name, header.clip_l())
+    plain, half = folder / "model.safetensors", folder / "model.fp16.safetensors"
+    for given in ({}, {"clip": folder}):
+        assert find_files(info, tmp_path, given).networks["clip"] == plain
+    assert find_files(info, tmp_path, {"clip": half}).networks["clip"] == half
+    plain.unlink()
     said = refusal(capsys, "--path", str(tmp_path))
-    folder = tmp_path / "text_encoder"
-    assert "holds model.fp16.safetensors and model.safetensors for the clip" in said
-    assert f"--clip {folder}/model.fp16.safetensors or --clip {folder}/model.safetensors" in said
-    chosen = {"clip": folder / "model.safetensors"}
-    assert find_files(tmp_path, chosen).clip == chosen["clip"]
+    assert "holds model.bf16.safetensors and model.fp16.safetensors for the clip" in said
+    assert f"--clip {folder}/model.bf16.safetensors or --clip {folder}/model.fp16.safetensors" in said
     with pytest.raises(AmbiguousFileError, match=r"choose one with --clip"):
-        find_files(tmp_path, {"clip": folder})
+        find_files(info, tmp_path, {"clip": folder})
 
 
 def test_every_refusal_is_of_a_kind_that_ends_with_code_2() -> None:

@@ -2,14 +2,17 @@
 
     python tools/compare_with_candle.py PROGRAM [MODEL ...] [--dtype float32 bfloat16]
 
-PROGRAM is the built `candle_reference` (tools/candle_reference, `cargo build --release`). Without MODEL both:
+PROGRAM is the built `candle_reference` (tools/candle_reference, `cargo build --release`). Without MODEL all:
 
     tiny-flux     the embedded model: 128x128 pixels, 4 steps; seconds
+    tiny-sd       the embedded model: 128x128 pixels, 20 steps of DDIM (leading), guided; seconds. Candle
+                  has no CLIP of its size and no convolution in bfloat16: both paint from our text states, in
+                  float32
     full-width    FLUX dev with 2 + 2 blocks, 2 layers of T5-XXL, CLIP-L and the autoencoder at the released
                   widths, filled with seeded values: 256x256 pixels, 4 steps; 15 minutes, 3.5 GB on disk, 8 GB
 
 Our side runs under the preset `candle`. Each network is first run alone on what Candle itself gave its own,
-each step's velocity from Candle's latents: in float32 they must agree within 2e-5 (relative L2 difference).
+each step's prediction from Candle's latents: in float32 they must agree within 2e-5 (relative L2 difference).
 Then the whole run from the noise on must agree within 1e-4, and no byte of the picture may be off by more
 than one level. bfloat16 is reported without a limit: there Candle's CPU backend sums a softmax in bfloat16,
 which moves T5's states by a tenth (see `flux-sd numerics`), and decodes in float32, for it has no other
@@ -25,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,24 +39,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import flux_sd
 from flux_sd import GenerationRequest
 from flux_sd.checkpoint import open_checkpoint
 from flux_sd.compare import Tolerances, compare
+from flux_sd.components import LoadOptions
 from flux_sd.device import choose_device, choose_dtype
-from flux_sd.flux_files import find_files
-from flux_sd.flux_loader import FluxComponents
-from flux_sd.model_loader import FluxModel
+from flux_sd.model_files import find_files
+from flux_sd.model_loader import FAMILIES, Model, Opening, embedded_folder
 from flux_sd.numerics import candle
 from flux_sd.sampling import SHIFT_AT_256, SHIFT_AT_4096, get_noise
 from flux_sd.stage_inputs import StageInputs
+from flux_sd.steps import NoiseSource
 from flux_sd.trace import trace, trace_stage
 from flux_sd.versions import FluxConfigs, SDVersion, VersionInfo
 
-TINY = Path(flux_sd.__file__).parent / "models" / "tiny_flux"
+TINY = embedded_folder(SDVersion.TINY_FLUX.info)
 STORED = Path(__file__).resolve().parent.parent / "reference_outputs" / "candle"
 FORWARD, LOOP = 2e-5, 1e-4  # relative differences that pass in float32
-MODELS = ("tiny-flux", "full-width")
+STEPS = 20  # of tiny-sd
+PROMPT = "a slice of pizza on a blue background"
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}  # ours, Candle's
 
 
@@ -66,14 +70,21 @@ class Subject:
     info: VersionInfo
     folder: Path
     spec: dict[str, Any]  # for `candle_reference run`, but for dtype and noise; paths are absolute
+    request: GenerationRequest  # the same for us, but for the noise
+    noise: Callable[[int], Tensor]  # of a seed, as `latents` of the request
+    calls: tuple[tuple[str, str, int], ...]  # networks that run alone: stage, what is compared, step
+    guidance: float | None = None  # of the denoiser alone, where a record does not say
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    # Adds to the specification what our side makes for Candle's.
+    prepare: Callable[[Model, GenerationRequest, Path], dict[str, Any]] = lambda *_: {}
 
     @contextmanager
-    def open(self, dtype: str) -> Iterator[FluxModel]:
+    def open(self, dtype: str) -> Iterator[Model]:
         """Our side of it."""
         device = choose_device("cpu")
-        kind = choose_dtype(dtype, device)
-        parts = FluxComponents.load(self.info, find_files(self.folder, {}), device, kind, candle())
-        with FluxModel(self.version, parts) as model:
+        files, kind = find_files(self.info, self.folder, {}), choose_dtype(dtype, device)
+        opening = Opening(files, device, kind, candle(), LoadOptions())
+        with FAMILIES[self.info.family].open(self.version, self.info, opening) as model:
             yield model
 
 
@@ -104,7 +115,71 @@ def tiny_flux(prompt: str | None) -> Subject:
     for key in ("t5", "clip"):
         spec[key] = [str(TINY / name) for name in spec[key]]
     spec["prompt"] = prompt or spec["prompt"]
-    return Subject("tiny-flux", SDVersion.TINY_FLUX, SDVersion.TINY_FLUX.info, TINY, spec)
+    return flux_subject("tiny-flux", SDVersion.TINY_FLUX, SDVersion.TINY_FLUX.info, TINY, spec)
+
+
+def flux_subject(
+    name: str, version: SDVersion, info: VersionInfo, folder: Path, spec: dict[str, Any]
+) -> Subject:
+    """A FLUX model by its specification."""
+    assert info.flux is not None
+    request = GenerationRequest(
+        prompt=spec["prompt"], width=spec["width"], height=spec["height"], steps=spec["steps"],
+        t5_length=spec["t5_length"],
+    )  # fmt: skip
+    return Subject(
+        name, version, info, folder, spec, request,
+        noise=lambda seed: get_noise(seed, spec["height"], spec["width"]),
+        calls=(
+            ("clip", "clip.pooled", 0), ("t5", "t5.hidden", 0),
+            *(("transformer", f"step.{step}.velocity", step) for step in range(spec["steps"])),
+            ("vae-decode", "image", 0),
+        ),
+        guidance=spec["guidance"] if info.flux.transformer.guidance_embed else None,
+    )  # fmt: skip
+
+
+def tiny_sd(prompt: str | None) -> Subject:
+    """The embedded Stable Diffusion model."""
+    info = SDVersion.TINY_SD.info
+    assert info.sd is not None and info.guidance is not None
+    folder, vae = embedded_folder(info), info.sd.vae
+    shape = (vae.z_channels, info.height // vae.downsampling, info.width // vae.downsampling)
+    request = GenerationRequest(
+        prompt=prompt or PROMPT, width=info.width, height=info.height, steps=STEPS, guidance=info.guidance,
+        sampler="ddim", schedule="leading",
+    )  # fmt: skip
+    calls = (("unet", f"step.{step}.noise_pred", step) for step in range(STEPS))
+    return Subject(
+        "tiny-sd", SDVersion.TINY_SD, info, folder, sd_spec(folder, request), request,
+        noise=lambda seed: NoiseSource([seed], shape).draw(),
+        calls=(*calls, ("vae-decode", "image", 0)),
+        guidance=info.guidance,
+        dtypes=("float32",),
+        prepare=text_states,
+    )  # fmt: skip
+
+
+def sd_spec(folder: Path, request: GenerationRequest) -> dict[str, Any]:
+    """What Candle's program is to run, but for the text states."""
+    file = "diffusion_pytorch_model.safetensors"
+    networks = {role: str(folder / role / file) for role in ("unet", "vae")}
+    return {
+        "family": "sd",
+        **networks,
+        **{f"{role}_config": str(folder / role / "config.json") for role in networks},
+        "scheduler": {"kind": request.sampler, "prediction": "epsilon", "spacing": request.schedule},
+        "prompt": request.prompt, "steps": request.steps, "guidance": request.guidance,
+    }  # fmt: skip
+
+
+def text_states(model: Model, request: GenerationRequest, work: Path) -> dict[str, Any]:
+    """Ours, as Candle's program is given them."""
+    short = replace(request, steps=1)
+    path = trace(model, short, work / "text.safetensors", patterns=["*clip.hidden"], overwrite=True).path
+    read = load_file(path)
+    save_file({"hidden": read["clip.hidden"], "negative": read["uncond.clip.hidden"]}, path)
+    return {"hidden": path.name}
 
 
 def full_width(folder: Path, prompt: str | None) -> Subject:
@@ -125,9 +200,8 @@ def full_width(folder: Path, prompt: str | None) -> Subject:
         for name in ("tokenizer", "tokenizer_2"):
             shutil.copytree(TINY / name, folder / name, dirs_exist_ok=True)
     info = replace(SDVersion.FLUX_DEV.info, flux=configs, width=256, height=256, steps=4)
-    return Subject(
-        "full-width", SDVersion.FLUX_DEV, info, folder, full_width_spec(info, configs, folder, prompt)
-    )
+    spec = full_width_spec(info, configs, folder, prompt)
+    return flux_subject("full-width", SDVersion.FLUX_DEV, info, folder, spec)
 
 
 def full_width_spec(
@@ -150,16 +224,17 @@ def full_width_spec(
         "clip": [str(folder / "text_encoder" / "model.safetensors")], "clip_config": asdict(configs.clip),
         "clip_tokenizer": str(folder / "tokenizer" / "tokenizer.json"),
         "ae": str(folder / "ae.safetensors"), "ae_config": vae,
-        "prompt": prompt or "a slice of pizza on a blue background",
+        "prompt": prompt or PROMPT,
         "height": info.height, "width": info.width, "steps": info.steps,
         "guidance": preset.guidance, "shift": [SHIFT_AT_256, SHIFT_AT_4096],
     }  # fmt: skip
 
 
-def run_candle(program: Path, subject: Subject, dtype: str, noise: Tensor, work: Path) -> Path:
+def run_candle(program: Path, subject: Subject, model: Model, dtype: str, noise: Tensor, work: Path) -> Path:
     """The record of Candle's run."""
     save_file({"latents": noise}, work / "noise.safetensors")
-    spec = {**subject.spec, "dtype": DTYPES[dtype], "latents": "noise.safetensors"}
+    more = subject.prepare(model, subject.request, work)
+    spec = {**subject.spec, **more, "dtype": DTYPES[dtype], "latents": "noise.safetensors"}
     (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
     out = work / "candle.safetensors"
     subprocess.run([program, "run", work / "spec.json", out], check=True, stdout=subprocess.DEVNULL)
@@ -170,41 +245,28 @@ def run_candle(program: Path, subject: Subject, dtype: str, noise: Tensor, work:
 
 
 def forwards(
-    model: FluxModel, subject: Subject, record: Path, limit: float, work: Path
+    model: Model, subject: Subject, record: Path, limit: float, work: Path
 ) -> Iterator[tuple[str, float]]:
     """Every network alone, on what Candle gave its own: (stage, relative difference)."""
-    parts, configs = model.components, subject.info.flux
-    assert configs is not None
-    steps, guidance = (
-        subject.spec["steps"],
-        subject.spec["guidance"] if configs.transformer.guidance_embed else None,
-    )
-    calls = [("clip", "clip.pooled", 0), ("t5", "t5.hidden", 0)]
-    calls += [("transformer", f"step.{step}.velocity", step) for step in range(steps)]
+    parts = model.components
     with open_checkpoint(record) as theirs:
-        for stage, name, step in [*calls, ("vae-decode", "image", 0)]:
-            inputs = StageInputs(theirs, configs, step)
-            given = guidance if stage == "transformer" else None
+        for stage, name, step in subject.calls:
+            guidance = subject.guidance if stage in ("transformer", "unet") else None
+            inputs = StageInputs(theirs, parts.config, step, guidance)
             out = work / "stage.safetensors"
-            trace_stage(parts, stage, inputs, out, guidance=given, patterns=[name], overwrite=True)
+            trace_stage(parts, stage, inputs, out, patterns=[name], overwrite=True)
             with open_checkpoint(out) as ours:
                 (row,) = compare(ours, theirs, tolerances=Tolerances(limit), patterns=[name]).rows
             yield name, row.relative if row.verdict != "not finite" else math.inf
 
 
 def whole_run(
-    model: FluxModel, subject: Subject, record: Path, noise: Tensor, work: Path
+    model: Model, subject: Subject, record: Path, noise: Tensor, work: Path
 ) -> Iterator[tuple[str, float]]:
     """From the prompt and the noise on: (stage, relative difference; of ids and bytes the largest)."""
-    spec = subject.spec
-    request = GenerationRequest(
-        prompt=spec["prompt"], width=spec["width"], height=spec["height"], steps=spec["steps"], latents=noise,
-        t5_length=spec["t5_length"],
-    )  # fmt: skip
+    request = replace(subject.request, latents=noise)
     trace(model, request, work / "ours.safetensors", like_candle=True, overwrite=True)
     ours, theirs = load_file(work / "ours.safetensors"), load_file(record)
-    clip = theirs["clip.ids"].shape[1]  # not padded
-    ours["clip.ids"] = ours["clip.ids"][:, :clip]
     for name in sorted(theirs.keys() & ours.keys(), key=place):
         a, b = ours[name].double(), theirs[name].double()
         if name.endswith(".ids") or name == "pixels":
@@ -223,6 +285,7 @@ def place(name: str) -> tuple[int, str]:
         "noise",
         "packed",
         "timesteps",
+        "hidden",
         "step",
         "latents",
         "image",
@@ -244,9 +307,9 @@ def limit_of(name: str, dtype: str, kind: str) -> float:
 
 def compare_model(program: Path, subject: Subject, dtype: str, seed: int, work: Path) -> Iterator[Line]:
     """Every line of one model in one dtype."""
-    noise = get_noise(seed, subject.spec["height"], subject.spec["width"])
-    record = run_candle(program, subject, dtype, noise, work)
+    noise = subject.noise(seed)
     with subject.open(dtype) as model:
+        record = run_candle(program, subject, model, dtype, noise, work)
         found = (
             ("forward", forwards(model, subject, record, limit_of("", dtype, "forward"), work)),
             ("run", whole_run(model, subject, record, noise, work)),
@@ -256,26 +319,35 @@ def compare_model(program: Path, subject: Subject, dtype: str, seed: int, work: 
                 yield Line(subject.name, dtype, kind, name, difference, limit_of(name, dtype, kind))
 
 
-def store(pixels: Tensor, prompt: str, seed: int) -> None:
-    """Candle's picture [3,H,W] uint8, losslessly, and who made it from what."""
+def store(name: str, pixels: Tensor, prompt: str, seed: int) -> None:
+    """Candle's picture [3,H,W] uint8 of an embedded model, losslessly, and who made it from what."""
     STORED.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(STORED / "tiny_flux.png")
+    stem = "_".join(name.split("-"))
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(STORED / f"{stem}.png")
     manifest = {
         "made_by": "candle-transformers 0.11.1, float32, on x86-64",
-        "command": "python tools/compare_with_candle.py PROGRAM tiny-flux --dtype float32 --store",
+        "command": f"python tools/compare_with_candle.py PROGRAM {name} --dtype float32 --store",
         "prompt": prompt,
         "seed": seed,
         "tolerance": 1,
         "why": "of 255: Candle truncates to bytes where we round, so a pixel may land on the next level",
     }
-    (STORED / "tiny_flux.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (STORED / f"{stem}.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+SUBJECTS: dict[str, Callable[[str | None, Path], Subject]] = {
+    "tiny-flux": lambda prompt, _: tiny_flux(prompt),
+    "tiny-sd": lambda prompt, _: tiny_sd(prompt),
+    "full-width": lambda prompt, work: full_width(work / "model", prompt),
+}
+MODELS = tuple(SUBJECTS)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("program", type=Path, metavar="PROGRAM")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{' or '.join(MODELS)}; default: both")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{' or '.join(MODELS)}; default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--prompt", help="default: a slice of pizza on a blue background")
     parser.add_argument("--seed", type=int, default=0)
@@ -283,7 +355,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--folder", type=Path, help="for the full-width checkpoint and records; default: a temporary one"
     )
     parser.add_argument(
-        "--store", action="store_true", help="keep Candle's picture of tiny-flux for the tests"
+        "--store", action="store_true", help="keep Candle's picture of an embedded model for the tests"
     )
     args = parser.parse_args(arguments)
     for name in args.models:  # argparse would refuse the empty list, were these its choices
@@ -295,7 +367,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def show(line: Line) -> None:
     """Prints one line."""
     verdict = "" if line.passes else f"  OVER {line.limit:g}"
-    words = f"{line.model:10}  {line.dtype:8}  {line.kind:7}  {line.stage:16}  {line.difference:.1e}"
+    words = f"{line.model:10}  {line.dtype:8}  {line.kind:7}  {line.stage:18}  {line.difference:.1e}"
     print(words + verdict, flush=True)
 
 
@@ -307,15 +379,14 @@ def main() -> int:
         work = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         for name in arguments.models or MODELS:
-            tiny = name == "tiny-flux"
-            subject = tiny_flux(arguments.prompt) if tiny else full_width(work / "model", arguments.prompt)
-            for dtype in arguments.dtype:
+            subject = SUBJECTS[name](arguments.prompt, work)
+            for dtype in (kind for kind in arguments.dtype if kind in subject.dtypes):
                 for line in compare_model(arguments.program.resolve(), subject, dtype, arguments.seed, work):
                     show(line)
                     lines.append(line)
-                if arguments.store and tiny and dtype == "float32":
+                if arguments.store and subject.info.repo is None and dtype == "float32":
                     pixels = load_file(work / "candle.safetensors")["pixels"][0]
-                    store(pixels, subject.spec["prompt"], arguments.seed)
+                    store(name, pixels, subject.spec["prompt"], arguments.seed)
     failed = sum(not line.passes for line in lines)
     print(f"{len(lines)} stages compared, {failed} over their limit")
     return 1 if failed else 0

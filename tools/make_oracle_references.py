@@ -22,7 +22,12 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from procedural import tokens, values, weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -272,6 +277,8 @@ def autoencoder_sources(model: nn.Module, levels: int) -> dict[str, Source]:
             ours = [side, "mid", "attn_1", name]
             if leaf == "weight" and name != "norm":
                 shape = (*shape, 1, 1)  # a linear there, a 1x1 convolution here
+        elif words[1] == leaf:  # the convolutions around the code
+            ours = [side]
         else:
             ours = [side, "norm_out" if words[1] == "conv_norm_out" else words[1]]
         sources[theirs] = (".".join([*ours, leaf]), shape, whole)
@@ -300,6 +307,73 @@ def autoencoder() -> dict[str, Tensor]:
         "encoded": (posterior.mean - SHIFT) * SCALE,
         "decoded": model.decode(latents / SCALE + SHIFT).sample,
     }
+
+
+SD_SCALE = 0.18215
+
+
+def sd_autoencoder() -> dict[str, Tensor]:
+    """Stable Diffusion's: four channels, 1x1 convolutions around the code, no shift."""
+    model = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 64, 64],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=32,
+        scaling_factor=SD_SCALE,
+    )
+    give(model, autoencoder_sources(model, levels=3))
+    posterior = model.encode(values("oracle.image", (1, 3, 48, 80))).latent_dist
+    latents = values("oracle.sd_latents", (1, 4, 12, 20))
+    return {
+        "moments": posterior.parameters,
+        "encoded": posterior.mean * SD_SCALE,
+        "decoded": model.decode(latents / SD_SCALE).sample,
+    }
+
+
+# ---------------------------------------------------------------- UNet
+
+UNET_WIDTHS, UNET_CONTEXT, UNET_POOLED = (32, 64, 64), 48, 24
+UNET_SIZES = [[512.0, 768.0, 0.0, 16.0, 640.0, 1024.0], [48.0, 32.0, 8.0, 0.0, 48.0, 40.0]]
+
+
+def unet(
+    depths: tuple[int, ...],
+    heads: tuple[int, ...],
+    channels: int = 4,
+    added: bool = False,
+    size: tuple[int, int] = (8, 12),
+    **config: object,
+) -> dict[str, Tensor]:
+    """Two images at different times in one batch. `depths`: transformer blocks by level, 0 for none."""
+    kinds = ["CrossAttn" if depth else "" for depth in depths]
+    if added:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": UNET_POOLED + 6 * 256,
+        }
+    model = UNet2DConditionModel(
+        in_channels=channels,
+        block_out_channels=UNET_WIDTHS,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        transformer_layers_per_block=[max(depth, 1) for depth in depths],
+        attention_head_dim=heads,  # the number of heads, by its old name
+        cross_attention_dim=UNET_CONTEXT,
+        **config,
+    )
+    give(model, {name: (name, tuple(p.shape), whole) for name, p in model.named_parameters()})
+    given = {"text_embeds": values("oracle.pooled", (2, UNET_POOLED)), "time_ids": torch.tensor(UNET_SIZES)}
+    noise_pred = model(
+        values("oracle.unet_latent", (2, channels, *size)),
+        torch.tensor([601.0, 17.0]),
+        values("oracle.unet_context", (2, 9, UNET_CONTEXT)),
+        added_cond_kwargs=given if added else None,
+    ).sample
+    return {"noise_pred": noise_pred}
 
 
 # ---------------------------------------------------------------- schedules
@@ -352,6 +426,12 @@ def main() -> None:
             "clip": clip("quick_gelu", projection=False),
             "clip_projected": clip("gelu", projection=True),
             "autoencoder": autoencoder(),
+            "autoencoder_sd": sd_autoencoder(),
+            # sizes that do not halve evenly: the way up goes back to those of the way down
+            "unet_sd15": unet((1, 1, 0), (4, 4, 4), size=(9, 14)),
+            "unet_sd21": unet((1, 1, 0), (1, 2, 4), use_linear_projection=True, upcast_attention=True),
+            "unet_sdxl": unet((0, 2, 3), (1, 2, 4), added=True, use_linear_projection=True),
+            "unet_inpaint": unet((1, 1, 0), (4, 4, 4), channels=9),
         }
     times, worst = schedules()
     for name, tensors in {**cases, "schedules": times}.items():
@@ -370,11 +450,15 @@ def main() -> None:
         "dtype": "float32 on one CPU thread; schedules float64",
         "tolerance": {
             "networks": 2e-5,
+            "unet_sdxl": 4e-5,
             "schedules": 1e-12,
             "why": "float32 sums in another order differ by about 1e-6; a missed half swap by over 0.1",
             "flux": "mostly torch's float32 exp in diffusers' sinusoids: an ulp, magnified by 1000 t",
         },
         "schedules": f"the published formula in 50 digits; diffusers' (float32) is within {worst:.1e}",
+        "other_files": {
+            "schedulers.safetensors": "tools/make_scheduler_references.py; tests/test_schedulers.py, at 1e-5",
+        },
     }
     (OUT / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Paints the README's contact sheet with the embedded model: seed 1, default steps, no choice among results.
+"""Paints the README's pictures with the embedded models: seed 1, default steps, no choice among results.
 
     python tools/make_readme_pictures.py
 

@@ -7,15 +7,20 @@ so every layout of one model holds the same numbers. Tensors are made and writte
     make_synthetic_checkpoint.py flux-schnell OUT --layout bfl --dtype bf16 --depth 2 4
     make_synthetic_checkpoint.py flux-dev OUT --layout diffusers --shard-size 5 --tokenizers FOLDER
     make_synthetic_checkpoint.py tiny-flux OUT --component flux_mmdit
+    make_synthetic_checkpoint.py sd15 OUT --layout diffusers --dtype f16 --variant fp16
+    make_synthetic_checkpoint.py sdxl OUT --layout ldm --zeros
+    make_synthetic_checkpoint.py sd15 OUT --layout ldm --container ckpt
 
 OUT becomes a folder: `bfl` writes flux1-<version>.safetensors and ae.safetensors with text_encoder/ and
-text_encoder_2/ beside them; `diffusers` writes transformer/, vae/, text_encoder/ and text_encoder_2/, each
-with its config.json, sharded where --shard-size asks for it.
+text_encoder_2/ beside them; `diffusers` writes transformer/ or unet/, vae/, text_encoder/ and
+text_encoder_2/, each with its config.json, sharded where --shard-size asks for it; `ldm` writes Stable
+Diffusion's single file with all of the model, and what else such files hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -32,13 +37,19 @@ from torch import Tensor, nn
 from flux_sd.autoencoder import AutoEncoder
 from flux_sd.clip import ClipTextEncoder
 from flux_sd.dialects import undo_all
-from flux_sd.errors import FluxSdError, NotBuiltError
+from flux_sd.errors import FluxSdError, RequestError
 from flux_sd.flux_mmdit import Flux
 from flux_sd.t5 import T5Encoder
-from flux_sd.versions import FluxConfigs, SDVersion
+from flux_sd.unet import UNet
+from flux_sd.versions import FluxConfigs, SDVersion, VersionInfo
 from flux_sd.weight_map import WeightMap, load_maps
 
-DTYPES = {"bf16": (torch.bfloat16, "BF16"), "f16": (torch.float16, "F16"), "f32": (torch.float32, "F32")}
+DTYPES = {
+    "bf16": (torch.bfloat16, "BF16"),
+    "f16": (torch.float16, "F16"),
+    "f32": (torch.float32, "F32"),
+    "i64": (torch.int64, "I64"),
+}
 Shapes = Mapping[str, tuple[int, ...]]
 BLOCK = 2**20  # values drawn at a time; a piece of a tensor is a range of blocks
 COMPONENTS = {"flux_mmdit": "transformer", "autoencoder": "vae", "clip": "clip", "t5": "t5"}
@@ -56,6 +67,8 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[tuple[str, int, int], ...]  # our name, first row, rows; in the order of the file's rows
+    transposed: bool = False
+    dtype: str | None = None  # None: that of the file. Tensors without parts are zeros.
 
 
 def build(component: str, config: object) -> nn.Module:
@@ -65,9 +78,16 @@ def build(component: str, config: object) -> nn.Module:
         "autoencoder": AutoEncoder,
         "clip": ClipTextEncoder,
         "t5": T5Encoder,
+        "unet": UNet,
     }
     with torch.device("meta"):
         return classes[component](config)
+
+
+@functools.cache  # a fifth of a second for SDXL's UNet
+def shapes_of(component: str, config: object) -> Shapes:
+    """Our parameters and their shapes."""
+    return {name: tuple(tensor.shape) for name, tensor in build(component, config).state_dict().items()}
 
 
 # what the weights are -----------------------------------------------------------------------------------
@@ -127,10 +147,10 @@ def write_file(
 
     `seed` None leaves the tensors a hole in the file: zeros that take no room on the disk.
     """
-    torch_dtype, word = DTYPES[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
+        torch_dtype, word = DTYPES[tensor.dtype or dtype]
         nbytes = math.prod(tensor.shape) * torch_dtype.itemsize
         span = [offset, offset + nbytes]
         header[tensor.name] = {"dtype": word, "shape": tensor.shape, "data_offsets": span}
@@ -141,7 +161,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors if seed is not None else ():
-            _write_tensor(file, tensor, shapes, torch_dtype, seed or 0, d_kv)
+            _write_tensor(file, tensor, shapes, DTYPES[tensor.dtype or dtype][0], seed or 0, d_kv)
         file.truncate(8 + len(text) + offset)
     return offset
 
@@ -149,10 +169,15 @@ def write_file(
 def _write_tensor(
     file: BinaryIO, tensor: StoredTensor, shapes: Shapes, dtype: torch.dtype, seed: int, d_kv: int
 ) -> None:
+    if not tensor.parts:
+        file.write(bytes(math.prod(tensor.shape) * dtype.itemsize))
     for target, first, rows in tensor.parts:
         shape = shapes[target]
         width = math.prod(shape[1:])
-        for piece in values(target, shape, first * width, rows * width, seed, d_kv):
+        pieces = values(target, shape, first * width, rows * width, seed, d_kv)
+        if tensor.transposed:
+            pieces = iter([torch.cat(list(pieces)).view(shape).t().flatten()])
+        for piece in pieces:
             file.write(piece.to(dtype).view(torch.uint8).numpy().data)
 
 
@@ -166,7 +191,7 @@ def write_component(
     shard_bytes: int | None = None,
 ) -> int:
     """Writes one component to `path`, or shards and their index beside it. Returns bytes."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in build(component, config).state_dict().items()}
+    shapes = shapes_of(component, config)
     weight_map = next(m for m in load_maps() if m.name == f"{component}.{dialect}")
     tensors = stored_tensors(weight_map, config, shapes)
     d_kv = getattr(config, "d_kv", 64)
@@ -182,7 +207,9 @@ def write_component(
         total += write_file(file, shard, shapes, dtype, seed, d_kv)
         listed |= {tensor.name: file.name for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": listed}
-    path.with_name(path.name + ".index.json").write_text(json.dumps(index, indent=2) + "\n")
+    stem, _, variant = path.stem.partition(".")  # a variant's name comes before .json
+    name = f"{stem}.safetensors.index{'.' if variant else ''}{variant}.json"
+    path.with_name(name).write_text(json.dumps(index, indent=2) + "\n")
     return total
 
 
@@ -273,6 +300,19 @@ def config_json(component: str, config: object) -> dict[str, object]:
             "shift_factor": ours["shift_factor"],
             "use_quant_conv": ours["use_quant_conv"],
         }
+    if component == "unet":
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": list(ours["heads"]),  # diffusers calls the number of heads so
+            "block_out_channels": list(ours["widths"]),
+            "cross_attention_dim": ours["context_dim"],
+            "in_channels": ours["in_channels"],
+            "layers_per_block": ours["resnets"],
+            "out_channels": ours["out_channels"],
+            "projection_class_embeddings_input_dim": ours["added_dim"],
+            "transformer_layers_per_block": list(ours["depths"]),
+            "use_linear_projection": ours["linear_projection"],
+        }
     kind = {"clip": ("CLIPTextModel", "clip_text_model"), "t5": ("T5EncoderModel", "t5")}[component]
     return {"architectures": [kind[0]], "model_type": kind[1], **ours}
 
@@ -280,11 +320,15 @@ def config_json(component: str, config: object) -> dict[str, object]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("version", help="flux-schnell, flux-dev or tiny-flux")
+    parser.add_argument("version", help="such as flux-schnell, tiny-flux, sd15, sdxl-turbo")
     parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--layout", choices=sorted(DIALECTS), default="bfl")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--component", choices=sorted(COMPONENTS), help="write this one alone")
+    parser.add_argument(
+        "--layout", choices=["bfl", "diffusers", "ldm"], help="default: bfl, of Stable Diffusion diffusers"
+    )
+    parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], default="bf16")
+    parser.add_argument("--component", choices=sorted(COMPONENTS), help="write this one of FLUX alone")
+    parser.add_argument("--variant", help="in the names of a diffusers folder's files, such as fp16")
+    parser.add_argument("--container", choices=["safetensors", "ckpt"], default="safetensors")
     parser.add_argument("--depth", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"), help="numbers of blocks")
     parser.add_argument("--t5-layers", type=int, help="layers of the T5 encoder")
     parser.add_argument("--shard-size", type=float, metavar="GB", help="shard what the repositories shard")
@@ -298,34 +342,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         info = SDVersion.parse(args.version).info
-        if info.flux is None:
-            raise NotBuiltError(f"{info.title} is not built yet: only FLUX checkpoints can be written")
+        written = _write_sd(info, args) if info.flux is None else _write_flux(info.key, info.flux, args)
     except FluxSdError as error:
         print(f"make_synthetic_checkpoint: {error}", file=sys.stderr)
         return error.exit_code
-    configs = info.flux
+    for folder in ("tokenizer", "tokenizer_2") if args.tokenizers else ():
+        if (args.tokenizers / folder).is_dir():
+            shutil.copytree(args.tokenizers / folder, args.out / folder, dirs_exist_ok=True)
+    for name, nbytes in written.items():
+        print(f"{args.out / name}: {nbytes / 1e9:.3f} GB")
+    return 0
+
+
+def _write_flux(key: str, configs: FluxConfigs, args: argparse.Namespace) -> dict[str, int]:
+    if args.layout == "ldm" or args.variant or args.container != "safetensors":
+        raise RequestError(f"{key} comes as --layout bfl or diffusers, in safetensors, without variants")
     if args.depth:
         depth, single = args.depth
         transformer = replace(configs.transformer, depth=depth, depth_single_blocks=single)
         configs = replace(configs, transformer=transformer)
     if args.t5_layers:
         configs = replace(configs, t5=replace(configs.t5, num_layers=args.t5_layers))
-    shard_bytes = int(args.shard_size * 1e9) if args.shard_size else None
-    written = write_model(
-        configs,
-        info.key,
-        args.out,
-        args.layout,
-        args.dtype,
-        None if args.zeros else args.seed,
-        shard_bytes,
-        args.component,
-    )
-    for folder in ("tokenizer", "tokenizer_2") if args.tokenizers else ():
-        shutil.copytree(args.tokenizers / folder, args.out / folder, dirs_exist_ok=True)
-    for name, nbytes in written.items():
-        print(f"{args.out / name}: {nbytes / 1e9:.3f} GB")
-    return 0
+    shards = int(args.shard_size * 1e9) if args.shard_size else None
+    seed = None if args.zeros else args.seed
+    layout = args.layout or "bfl"
+    return write_model(configs, key, args.out, layout, args.dtype, seed, shards, args.component)
+
+
+def _write_sd(info: VersionInfo, args: argparse.Namespace) -> dict[str, int]:
+    import synthetic_sd  # it imports this file
+
+    if args.layout == "bfl" or args.component or args.depth or args.t5_layers:
+        raise RequestError(f"{info.key} comes as --layout diffusers or ldm, whole")
+    seed = None if args.zeros else args.seed
+    if args.layout == "ldm":
+        if args.variant or args.shard_size:
+            raise RequestError("a single file has no shards and no variants: leave those options out")
+        return synthetic_sd.write_single_file(info, args.out, args.dtype, seed, args.container)
+    if args.container != "safetensors":
+        raise RequestError("a diffusers folder is written in safetensors: --container ckpt goes with ldm")
+    shards = int(args.shard_size * 1e9) if args.shard_size else None
+    return synthetic_sd.write_folder(info, args.out, args.dtype, seed, shards, args.variant)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from make_synthetic_checkpoint import COMPONENTS, build, scale_of, stored_tensor
 from torch import Tensor
 
 from flux_sd.checkpoint_writer import GGUF_ALIGNMENT, Entry, gguf_header, padding
-from flux_sd.errors import FluxSdError, NotBuiltError
+from flux_sd.errors import FluxSdError, RequestError
 from flux_sd.ggml_types import GGML_TYPES
 from flux_sd.gguf_dequant import dequantize
 from flux_sd.targets import KEPT, SMALL
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         info = SDVersion.parse(args.version).info
         if info.flux is None:
-            raise NotBuiltError(f"{info.title} is not built yet: only FLUX files can be written")
+            raise RequestError(f"{info.key} is no FLUX model: choose flux-schnell, flux-dev or tiny-flux")
     except FluxSdError as error:
         print(f"make_synthetic_gguf: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,6 +1,6 @@
 """Measures what each known difference between Candle and the authors' code amounts to.
 
-    python tools/measure_numerics.py --oracle PYTHON   # writes flux_sd/numerics_effects.json; 2 minutes, 6 GB
+    python tools/measure_numerics.py --oracle PYTHON   # writes flux_sd/numerics_effects.json; 2 minutes, 4 GB
     python tools/measure_numerics.py --cheap           # prints what takes seconds; writes nothing
 
 One field of Numerics at a time is given Candle's value, the rest keep the authors'. What is called cheap runs
@@ -23,19 +23,27 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 from procedural import fill, tokens, values
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import flux_sd
 from flux_sd import GenerationRequest
+from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_sd.clip import ClipTextConfig, ClipTextEncoder
 from flux_sd.flux_generation import plan_flux
 from flux_sd.flux_mmdit import Flux, FluxConfig, rotary_table
 from flux_sd.numerics import Numerics, candle, reference
 from flux_sd.sampling import State
+from flux_sd.schedulers import NoiseSchedule, Prediction, make_sampler
+from flux_sd.sd_generation import guide, text_states
+from flux_sd.sd_loader import padding, unet_config, vae_config
+from flux_sd.sd_plan import plan_sd
 from flux_sd.t5 import T5Config, T5Encoder
-from flux_sd.versions import SDVersion
+from flux_sd.text import CLIP_END
+from flux_sd.unet import SIZE_WIDTH, UNet, UNetConfig
+from flux_sd.versions import SDVersion, VersionInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 EFFECTS = Path(flux_sd.__file__).parent / "numerics_effects.json"
@@ -231,6 +239,190 @@ def velocity(
     return out.float()
 
 
+# ------------------------------------------------------------------------------------ Stable Diffusion
+
+SMALL = "widths 32 and 64, procedural weights"
+SMALL_CLIPS = (ClipTextConfig.tiny(), ClipTextConfig.tiny("gelu", 64))
+
+
+def small(version: SDVersion) -> VersionInfo:
+    """The row of a version with narrow networks of its kind, 96x64 pixels."""
+    row = version.info
+    assert row.sd is not None
+    narrow = UNetConfig(4, (32, 64), (1, 1), 1, (2, 2), 64, False, resnets=1)
+    if row.is_xl:
+        added = 64 + 6 * SIZE_WIDTH
+        narrow = replace(
+            narrow, depths=(0, 2), mid_depth=2, context_dim=128, linear_projection=True, added_dim=added
+        )
+    narrow = narrow.inpainting() if row.is_inpainting else narrow
+    vae = AutoEncoderConfig(64, 3, 32, 3, (1, 2, 2, 2), 1, 4, row.sd.vae.scale_factor, 0.0, True)
+    return replace(row, width=96, height=64, sd=replace(row.sd, unet=narrow, vae=vae))
+
+
+@torch.inference_mode()
+def noise_pred(model: nn.Module, x: Tensor | None = None, time: float = 601.0, text: str = "text") -> Tensor:
+    """What a UNet predicts of x [1,4,8,12], for procedural text."""
+    config = model.config
+    latents = values("input.unet_latent", (1, config.in_channels, 8, 12))
+    if x is not None:
+        latents = torch.cat([x, latents[:, 4:]], dim=1)
+    context = values(f"input.unet_{text}", (1, 77, config.context_dim))
+    sizes = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
+    added = (values(f"input.unet_pooled_{text}", (1, 64)), sizes) if config.added_dim else ()
+    out: Tensor = model(latents, torch.tensor([time]), context, *added)
+    return out
+
+
+def unet_effect(field: str, version: SDVersion, where: str) -> Effect:
+    """The change of one prediction."""
+    info = small(version)
+    before, after = (noise_pred(fill(UNet(unet_config(info, n)))) for n in (reference(), alone(field)))
+    return Effect(field, where, "noise predicted at step 601", relative(after, before), "relative", True)
+
+
+def geglu() -> Iterator[Effect]:
+    yield unet_effect("geglu", SDVersion.SD15, f"a UNet like 1.5's, {SMALL}")
+    yield unet_effect("geglu", SDVersion.SDXL, f"a UNet like XL's, {SMALL}")
+
+
+def geglu_full() -> Iterator[Effect]:
+    made = [
+        noise_pred(fill(UNet(unet_config(SDVersion.SD15.info, n)))) for n in (reference(), alone("geglu"))
+    ]
+    where = "Stable Diffusion 1.5's UNet, procedural weights"
+    words = "noise predicted at step 601"
+    yield Effect("geglu", where, words, relative(made[1], made[0]), "relative", False)
+
+
+def sdxl_added() -> Iterator[Effect]:
+    yield unet_effect("sdxl_added", SDVersion.SDXL, f"a UNet like XL's, {SMALL}")
+
+
+def sd_ids(config: ClipTextConfig, pad: str) -> Tensor:
+    """A prompt of 14 procedural ids between its marks, filled up to 77 by its end token or by "!"."""
+    start, end = config.vocab_size - 2, config.vocab_size - 1
+    filler = end if pad == CLIP_END else 0
+    return torch.tensor([[start, *tokens("input.clip_ids", 14, start), end, *[filler] * 61]])
+
+
+@torch.inference_mode()
+def xl_states(configs: tuple[ClipTextConfig, ...], numerics: Numerics) -> Tensor:
+    """What an XL UNet reads of these encoders, [1,77,D]."""
+    info, outputs = SDVersion.SDXL.info, []
+    for role, config in zip(("clip", "clip_2"), configs, strict=False):
+        ids = sd_ids(config, padding(role, info, numerics))
+        outputs.append(fill(ClipTextEncoder(config))(ids))
+    return text_states(outputs, numerics.sdxl_hidden)
+
+
+def text_effect(
+    field: str, configs: tuple[ClipTextConfig, ...], where: str, words: str, cheap: bool
+) -> Effect:
+    before, after = (xl_states(configs, numerics) for numerics in (reference(), alone(field)))
+    return Effect(field, where, words, relative(after, before), "relative", cheap)
+
+
+def sdxl_hidden() -> Iterator[Effect]:
+    where = "two encoders of 3 layers of width 64, procedural weights"
+    yield text_effect("sdxl_hidden", SMALL_CLIPS, where, "text states of 77 places", True)
+
+
+def sdxl_pad() -> Iterator[Effect]:
+    where = "two encoders of 3 layers of width 64, procedural weights"
+    yield text_effect("sdxl_pad", SMALL_CLIPS, where, "text states of a prompt of 14 tokens", True)
+
+
+def sdxl_text_full() -> Iterator[Effect]:
+    configs = (ClipTextConfig.clip_l(), ClipTextConfig.open_clip_bigg())
+    where = "SDXL's two encoders, procedural weights"
+    yield text_effect("sdxl_hidden", configs, where, "text states of 77 places", False)
+    yield text_effect("sdxl_pad", configs, where, "text states of a prompt of 14 tokens", False)
+
+
+@torch.inference_mode()
+def sdxl_scale() -> Iterator[Effect]:
+    info, latents = small(SDVersion.SDXL), values("input.vae_latent", (1, 4, 8, 12))
+    configs = [vae_config(info, numerics) for numerics in (reference(), alone("sdxl_scale"))]
+    before, after = (fill(AutoEncoder(config)).decode(latents) for config in configs)
+    where = "an autoencoder of widths 32 and 64, procedural weights"
+    yield Effect("sdxl_scale", where, "decoded picture", relative(after, before), "relative", True)
+
+
+@torch.inference_mode()
+def denoised(
+    info: VersionInfo, numerics: Numerics, asked: GenerationRequest, prediction: Prediction = "epsilon"
+) -> tuple[Tensor, int]:
+    """Final latents of a request on a UNet of procedural weights, and how many steps were run."""
+    plan, model = plan_sd(info, asked, numerics), fill(UNet(unet_config(info, numerics)))
+    sampler = make_sampler(
+        plan.sampler,
+        NoiseSchedule.scaled_linear(),
+        plan.schedule,
+        plan.steps,
+        prediction,
+        ratio=numerics.stride,
+    )
+    x = values("input.latent", (1, 4, 8, 12)) * sampler.init_scale
+    for index, time in enumerate(sampler.timesteps):
+        seen = sampler.scale_input(x, index)
+        output = noise_pred(model, seen, float(time))
+        if plan.guided:
+            output = guide(noise_pred(model, seen, float(time), "other"), output, plan.guidance or 1.0)
+        x = sampler.step(output, index, x, values(f"input.step_{index}", (1, 4, 8, 12))).latents
+    return x, len(sampler.timesteps)
+
+
+def run_effect(
+    field: str, version: SDVersion, asked: GenerationRequest, predictions: tuple[Prediction, Prediction]
+) -> Iterator[Effect]:
+    """The change of the final latents of a run, and of the number of its steps where that changes."""
+    info = small(version)
+    (before, steps), (after, more) = (
+        denoised(info, numerics, asked, prediction)
+        for numerics, prediction in zip((reference(), alone(field)), predictions, strict=True)
+    )
+    where = f"a UNet like that of {info.key}, {SMALL}, {steps} steps"
+    yield Effect(field, where, "final latents", relative(after, before), "relative", True)
+    if more != steps:
+        yield Effect(field, where, "steps that are run instead", more, "steps", True)
+
+
+NOISE: tuple[Prediction, Prediction] = ("epsilon", "epsilon")
+PLAIN = GenerationRequest(prompt=PROMPT, guidance=1.0, steps=10)
+
+
+def sd2_inpaint() -> Iterator[Effect]:
+    drawn = image_of(values("input.picture", (64, 96, 3)))
+    asked = replace(PLAIN, init_image=drawn, mask=drawn.convert("L").point(lambda _: 255))
+    taken = alone("sd2_inpaint").sd2_inpaint
+    assert taken is not None
+    yield from run_effect("sd2_inpaint", SDVersion.SD2_INPAINT, asked, ("epsilon", taken))
+
+
+def image_of(pixels: Tensor) -> Image.Image:
+    """[H,W,3] about -1..1 -> a picture."""
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy())
+
+
+def stride() -> Iterator[Effect]:
+    asked = GenerationRequest(prompt=PROMPT, steps=7)
+    yield from run_effect("stride", SDVersion.SDXL_TURBO, asked, NOISE)
+
+
+def sdxl_sampler() -> Iterator[Effect]:
+    yield from run_effect("sdxl_sampler", SDVersion.SDXL, PLAIN, NOISE)
+
+
+def sd_steps() -> Iterator[Effect]:
+    yield from run_effect("sd_steps", SDVersion.SD15, replace(PLAIN, steps=None), NOISE)
+
+
+def sd_guidance() -> Iterator[Effect]:
+    asked = GenerationRequest(prompt=PROMPT, steps=10)
+    yield from run_effect("sd_guidance", SDVersion.SDXL, asked, NOISE)
+
+
 # ------------------------------------------------------------------------------------- not mirrored
 
 
@@ -352,10 +544,11 @@ def unipc(python: Path) -> Iterator[Effect]:
 
 
 CHEAP = (
-    rope_dtype, latents_dtype, clip_gelu, t5_length, t5_keep_end_token, guidance, size, to_bytes,
+    rope_dtype, latents_dtype, clip_gelu, geglu, sdxl_added, sdxl_hidden, sdxl_pad, sdxl_scale, sd2_inpaint,
+    stride, sdxl_sampler, sd_steps, sd_guidance, t5_length, t5_keep_end_token, guidance, size, to_bytes,
     quantized_products, bfloat16_order, bfloat16_softmax, bfloat16_bytes, bfloat16_convolutions, time_dtype,
 )  # fmt: skip
-FULL = (clip_gelu_full, t5_length_full, bfloat16_softmax_full)
+FULL = (clip_gelu_full, geglu_full, sdxl_text_full, t5_length_full, bfloat16_softmax_full)
 
 
 def measure_cheap() -> list[Effect]:

@@ -5,7 +5,7 @@
     measure_quantized.py FOLDER --model tiny-flux --keep           small files, left there
 
 Each row writes a synthetic GGUF of the model's true shapes (tools/make_synthetic_gguf.py), loads it in a
-process of its own through `FluxComponents`, as a generation does, and runs one stage: two steps at 256x256,
+process of its own through `Components`, as a generation does, and runs one stage: two steps at 256x256,
 or two encodings of a whole prompt. The other networks are files of zeros, checked and never loaded.
 
 `peak` is that process's VmHWM, Python, torch and mapped file pages included. What is promised:
@@ -36,9 +36,10 @@ from measure_load import status_bytes
 from torch import Tensor, nn
 
 from flux_sd import quantized
+from flux_sd.components import LoadOptions
 from flux_sd.device import available_memory, choose_device, choose_dtype
-from flux_sd.flux_files import MAPS, FluxFiles
-from flux_sd.flux_loader import FluxComponents, LoadOptions
+from flux_sd.flux_loader import load_flux
+from flux_sd.model_files import FLUX, ModelFiles
 from flux_sd.numerics import reference
 from flux_sd.sampling import State, denoise, get_noise, get_schedule
 from flux_sd.versions import SDVersion, VersionInfo
@@ -124,14 +125,12 @@ def run_stage(role: str, network: nn.Module, info: VersionInfo, dtype: torch.dty
 def measure_here(case: Case, file: Path, info: VersionInfo, folder: Path) -> Measured:
     """Loads and runs in this process, which should have done nothing else."""
     before = status_bytes("VmRSS")
-    paths = {role: other_file(folder, role) for role in MAPS} | {case.role: file}
-    files = FluxFiles(
-        **paths, clip_tokenizer=TOKENIZERS / "tokenizer", t5_tokenizer=TOKENIZERS / "tokenizer_2"
-    )
+    paths = {role: other_file(folder, role) for role in FLUX.maps} | {case.role: file}
+    files = ModelFiles(paths, {"clip": TOKENIZERS / "tokenizer", "t5": TOKENIZERS / "tokenizer_2"})
     device = choose_device("cpu")
     dtype = choose_dtype("auto", device, info.auto_dtype)
     start = time.perf_counter()
-    components = FluxComponents.load(info, files, device, dtype, reference(), LoadOptions(automatic=True))
+    components = load_flux(info, files, device, dtype, reference(), LoadOptions(automatic=True))
     network = components.network(case.role)
     load = time.perf_counter() - start
     seconds: list[float] = []
@@ -159,13 +158,13 @@ def measure_here(case: Case, file: Path, info: VersionInfo, folder: Path) -> Mea
 
 
 def other_file(folder: Path, role: str) -> Path:
-    return folder / f"{role}{'.gguf' if MAPS[role] in GGUF_DIALECTS else '.safetensors'}"
+    return folder / f"{role}{'.gguf' if FLUX.maps[role] in GGUF_DIALECTS else '.safetensors'}"
 
 
 def write_others(folder: Path, info: VersionInfo) -> None:
     """Files of zeros for the four roles: holes, which take no room on the disk. The large ones are GGUF, so
     that they are found to fit the memory."""
-    for role, component in MAPS.items():
+    for role, component in FLUX.maps.items():
         config, path = getattr(info.flux, COMPONENTS[component]), other_file(folder, role)
         if component in GGUF_DIALECTS:
             write_gguf(component, config, path, "Q8_0", None)
@@ -178,7 +177,7 @@ def measure(case: Case, info: VersionInfo, folder: Path, keep: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     write_others(folder, info)
     file = folder / f"{info.key}-{case.role}-{case.type_name}.gguf"
-    component = MAPS[case.role]
+    component = FLUX.maps[case.role]
     write_gguf(component, getattr(info.flux, COMPONENTS[component]), file, case.type_name)
     command = [
         sys.executable,
@@ -204,7 +203,7 @@ def measure(case: Case, info: VersionInfo, folder: Path, keep: bool = False) -> 
 
 def lacking(case: Case, info: VersionInfo, folder: Path) -> str | None:
     """Why this machine cannot measure a case, None if it can. Nothing is written to find out."""
-    component = MAPS[case.role]
+    component = FLUX.maps[case.role]
     disk = {"flux_mmdit": 14e9, "t5": 6e9}[component] if info.key.startswith("flux-") else 1e8
     folder.mkdir(parents=True, exist_ok=True)
     free, memory = shutil.disk_usage(folder).free, available_memory(torch.device("cpu"))

@@ -4,9 +4,10 @@
 
 Mutants are made by rule (tools/mutants/): every epsilon x 10, every + and - of a computation, every
 activation, every order of parts, arguments and `cat`, and in the weight maps every `cat`, third, swap,
-reversed count, and pair of rows that could take each other's tensor. Each runs in a copy of the project
-against the golden tests of its file (TESTS). The table goes to docs/mutants.md. Exit code 1 if a mutant
-survives that mutants/equivalent.toml does not explain, or if an explanation there is of no survivor.
+reversed count, and pair of rows or blocks that could take each other's tensors. Each runs in a copy of the
+project against the golden tests of its file (TESTS). The table goes to docs/mutants.md; with --only, that of
+the files named, and the others' stay as they are. Exit code 1 if a mutant survives that
+mutants/equivalent.toml does not explain, or if an explanation there is of no survivor.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 import tomllib
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from mutants.map_rules import map_mutants
 from mutants.mutant import Mutant, numbered
@@ -31,7 +33,19 @@ TABLE = ROOT / "docs" / "mutants.md"
 EQUIVALENT = ROOT / "tools" / "mutants" / "equivalent.toml"
 ORACLE = "tests/test_oracle.py"
 FLUX = ("tests/test_golden_flux.py", ORACLE)
-EVERY = (*FLUX, "tests/test_golden_t5.py", "tests/test_golden_clip.py", "tests/test_golden_autoencoder.py")
+EVERY = (
+    *FLUX,
+    "tests/test_golden_t5.py",
+    "tests/test_golden_clip.py",
+    "tests/test_golden_autoencoder.py",
+    "tests/test_golden_unet.py",
+)
+UNETS = tuple(f"{ORACLE}::test_networks_agree[unet_{kind}]" for kind in ("sdxl", "sd15", "sd21", "inpaint"))
+SAMPLERS = ("tests/test_golden_schedulers.py", "tests/test_schedulers.py")
+SCHEDULERS = (
+    "noise", "spacing", "levels", "prediction", "ddim", "ddpm", "euler", "euler_ancestral",
+    "dpm_solver_multistep", "uni_pc", "lcm", "sampler",
+)  # fmt: skip
 # file -> the tests that must notice a mutant of it, quickest first
 TESTS: dict[str, tuple[str, ...]] = {
     "flux_sd/flux_mmdit.py": FLUX,
@@ -40,9 +54,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     "flux_sd/autoencoder.py": ("tests/test_golden_autoencoder.py", ORACLE),
     "flux_sd/sampling.py": ("tests/test_golden_sampling.py", ORACLE, "tests/test_sampling.py"),
     "flux_sd/ops.py": EVERY,
+    "flux_sd/unet.py": (*UNETS, "tests/test_golden_unet.py"),
+    **{f"flux_sd/schedulers/{name}.py": SAMPLERS for name in SCHEDULERS},
     "flux_sd/gguf_dequant.py": ("tests/test_gguf_dequant.py",),
 }
 MAP_TESTS = ("tests/test_map_values.py", "tests/test_weight_maps.py")
+PAIRED = ("tests/test_sd_maps.py::test_names_are_paired_as_diffusers_pairs_them",)
+TESTS_OF_MAPS: dict[str, tuple[str, ...]] = {
+    "weights_maps/unet.ldm_sd.toml": PAIRED,
+    "weights_maps/unet.ldm_xl.toml": PAIRED,
+    "weights_maps/clip.openclip.toml": (
+        "tests/test_sd_maps.py::test_rows_of_openclip_go_where_diffusers_puts_them",
+    ),
+}
 
 
 def main() -> None:
@@ -66,18 +90,23 @@ def main() -> None:
     stale += [key for key in reasons if not arguments.only and key not in outcomes]
     print(summary(mutants, outcomes, time.monotonic() - start))
     print(*(f"survived: {key}" for key in unexplained), *(f"no survivor: {key}" for key in stale), sep="\n")
-    if not arguments.only:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(table(mutants, outcomes, reasons), encoding="utf-8")
+    TABLE.parent.mkdir(exist_ok=True)
+    before = sections(TABLE.read_text(encoding="utf-8")) if TABLE.exists() and arguments.only else {}
+    found = {**before, **made_sections(mutants, outcomes, reasons)}
+    TABLE.write_text(table({file: found[file] for file in files([]) if file in found}), encoding="utf-8")
     sys.exit(1 if unexplained or stale else 0)
 
 
-def find_mutants(only: list[str]) -> dict[str, Mutant]:
-    """Every mutant by key, those of the networks first."""
+def files(only: list[str]) -> list[str]:
+    """The files that are mutated, those of the networks first."""
     maps = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "weights_maps").glob("*.*.toml"))
-    wanted = [file for file in (*TESTS, *maps) if not only or any(word in file for word in only)]
+    return [file for file in (*TESTS, *maps) if not only or any(word in file for word in only)]
+
+
+def find_mutants(only: list[str]) -> dict[str, Mutant]:
+    """Every mutant by key."""
     found: list[Mutant] = []
-    for file in wanted:
+    for file in files(only):
         found += python_mutants(ROOT, file) if file.endswith(".py") else map_mutants(ROOT, file)
     return numbered(found)
 
@@ -88,7 +117,8 @@ def run(mutants: dict[str, Mutant], jobs: int, results: Path | None) -> dict[str
     if results is not None and results.exists():
         stored = json.loads(results.read_text(encoding="utf-8"))
         known = {key: Outcome(**value) for key, value in stored.items() if key in mutants}
-    tests = {key: TESTS.get(mutant.file, MAP_TESTS) for key, mutant in mutants.items()}
+    every = {**TESTS, **TESTS_OF_MAPS}
+    tests = {key: every.get(mutant.file, MAP_TESTS) for key, mutant in mutants.items()}
 
     def report(key: str, outcome: Outcome) -> None:
         known[key] = outcome
@@ -128,10 +158,44 @@ def summary(mutants: dict[str, Mutant], outcomes: dict[str, Outcome], seconds: f
     return "\n".join([*lines, f"{sum(made.values())} mutants in {seconds:.0f} s"])
 
 
-def table(mutants: dict[str, Mutant], outcomes: dict[str, Outcome], reasons: dict[str, str]) -> str:
-    """docs/mutants.md"""
+class Section(NamedTuple):
+    """What the table says of one file."""
+
+    counts: str  # its row of the first table
+    rows: list[str]  # of its own
+
+
+def made_sections(
+    mutants: dict[str, Mutant], outcomes: dict[str, Outcome], reasons: dict[str, str]
+) -> dict[str, Section]:
+    """By file, of what was run."""
     made = Counter(mutant.file for mutant in mutants.values())
     left = Counter(mutants[key].file for key, outcome in outcomes.items() if outcome.survived)
+    return {
+        file: Section(
+            f"| {file} | {made[file]} | {made[file] - left[file]} | {left[file]} |",
+            [
+                _table_row(mutant, outcomes[key], reasons.get(key, "**nothing**"))
+                for key, mutant in mutants.items()
+                if mutant.file == file
+            ],
+        )
+        for file in made
+    }
+
+
+def sections(text: str) -> dict[str, Section]:
+    """By file, of a table that was written before."""
+    counts = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line[:2] == "| "}
+    found = {}
+    for part in text.split("\n## ")[1:]:
+        file, _, rest = part.partition("\n")
+        found[file] = Section(counts[file], rest.strip().splitlines()[2:])
+    return found
+
+
+def table(found: dict[str, Section]) -> str:
+    """docs/mutants.md"""
     lines = [
         "# What the golden tests notice",
         "",
@@ -140,19 +204,17 @@ def table(mutants: dict[str, Mutant], outcomes: dict[str, Outcome], reasons: dic
         "",
         "| file | mutants | noticed | equivalent |",
         "|---|---|---|---|",
-        *(f"| {file} | {made[file]} | {made[file] - left[file]} | {left[file]} |" for file in made),
+        *(section.counts for section in found.values()),
     ]
-    for file in made:
+    for file, section in found.items():
         lines += [
             "",
             f"## {file}",
             "",
             "| line | where | rule | edit | noticed by |",
             "|---|---|---|---|---|",
+            *section.rows,
         ]
-        for key, mutant in mutants.items():
-            if mutant.file == file:
-                lines.append(_table_row(mutant, outcomes[key], reasons.get(key, "**nothing**")))
     return "\n".join(lines) + "\n"
 
 

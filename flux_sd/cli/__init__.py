@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ..errors import FluxSdError
+from ..errors import FluxSdError, RequestError
 from ..version import __version__
-from . import compare, convert, generate, inspect, maps, models, numerics, replay, trace
+from . import arguments, compare, convert, generate, inspect, maps, models, numerics, replay, trace
 
 COMMANDS = (generate, replay, models, inspect, maps, convert, trace, compare, numerics)
 
-DESCRIPTION = """Paints pictures from text with FLUX.1 models.
+DESCRIPTION = """Paints pictures from text, and from pictures, with FLUX.1 and Stable Diffusion models.
 
 A first picture, with the small model that is built in (nothing is downloaded):
   flux-sd generate "a slice of pizza on a blue background" -o pizza.png
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()  # a reader that went away shows here, not at the interpreter's exit
         return code
+    except RequestError as error:
+        return _fail(arguments.spelled(str(error)), error.exit_code, wants_traceback)
     except FluxSdError as error:
         return _fail(str(error), error.exit_code, wants_traceback)
     except KeyboardInterrupt:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import RequestError
 from ..numerics import PRESETS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from ..model_loader import LoadedModel
     from ..request import CancelToken, Event
     from ..versions import SDVersion
@@ -22,9 +27,35 @@ class Computing(NamedTuple):
     dtype: str
     numerics: str
     quantized: bool = False
+    prediction: str | None = None
 
 
-COMPONENTS = ("transformer", "t5", "clip", "vae", "clip_tokenizer", "t5_tokenizer")
+# Parts of a model that may come from a file of their own, and which models have them.
+COMPONENTS = {
+    "transformer": "the transformer (FLUX)",
+    "unet": "the UNet (Stable Diffusion)",
+    "t5": "the T5 text encoder (FLUX)",
+    "clip": "the CLIP text encoder",
+    "clip_2": "the second CLIP text encoder (SDXL)",
+    "vae": "the autoencoder",
+    "clip_tokenizer": "CLIP's tokenizer",
+    "clip_2_tokenizer": "the second CLIP's tokenizer (SDXL)",
+    "t5_tokenizer": "T5's tokenizer (FLUX)",
+    "scheduler": "scheduler_config.json, which says what a UNet predicts (Stable Diffusion)",
+}
+# Fields of a request and arguments of `load_model` that an option fills, and spellings that are not the
+# field's own with dashes. `latents`, which are more than the option --latents-in, keep their name in errors.
+SPELLINGS = {"t5_length": "--t5-len"}
+FIELDS = (
+    "width", "height", "steps", "guidance", "seed", "batch", "batched", "preview_every", "negative_prompt",
+    "guidance_rescale", "sampler", "schedule", "init_image", "mask", "strength", "composite", "fit",
+    "vae_tiling", "strict_prompt", "prediction", "device", "dtype", *SPELLINGS,
+)  # fmt: skip
+
+
+SOURCES = """Without --model, files of your own say which model they are of. Files may be .safetensors, .gguf
+or .ckpt, of which .safetensors is to be preferred: .ckpt files are pickles, which can hold programs. They
+are read by torch's weights-only unpickler alone, which runs none and refuses what it does not know."""
 
 
 def whole(text: str) -> int:
@@ -67,14 +98,124 @@ def prompt(text: str) -> str:
     return text
 
 
+# Stated here, for their own files import torch; tests hold them against those.
+SAMPLERS = ("ddim", "ddpm", "euler", "euler_ancestral", "dpm++_2m", "uni_pc", "lcm")
+SCHEDULES = (
+    "leading", "trailing", "linspace", "simple", "sgm_uniform", "ddim_uniform", "karras", "exponential",
+)  # fmt: skip
+PICTURES = """The picture is painted over; --strength says how much. Its own size is painted unless --size
+gives another: then it is resized where the proportions are the same, and refused where they are not, unless
+--fit says what to do. A mask has the picture's proportions and is fitted alike. The inpainting models need a
+picture and a mask; the others can use a mask too."""
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """What one picture is to be: the fields of a request that every command which paints has."""
+    _add_general(parser.add_argument_group("the picture (where no default is named, it is the model's own)"))
+    _add_diffusion(parser.add_argument_group("Stable Diffusion (sd15, sd21, sdxl and kin, tiny-sd)"))
+    title = "beginning from a picture (Stable Diffusion)"
+    _add_originals(parser.add_argument_group(title, PICTURES))
+    add = parser.add_argument_group("FLUX (flux-schnell, flux-dev, tiny-flux)").add_argument
+    add("--t5-len", type=whole, metavar="N", help="length of the T5 text input in tokens")
+
+
+def _add_general(group: Any) -> None:
+    add = group.add_argument
+    add("--size", type=size, metavar="N|WxH", help="pixels: 512, or width x height as 512x768")
+    add("--steps", type=whole, metavar="N", help="how many denoising steps: more take longer")
+    add("--guidance", type=float, metavar="X",
+        help="how closely to follow the text (flux-dev, Stable Diffusion but Turbo)")  # fmt: skip
+    add("--latents-in", type=Path, metavar="FILE",
+        help="start from this noise, not the seed's: safetensors, 'latents' [batch,C,H/8,W/8]; or a "
+        "record of `flux-sd trace`")  # fmt: skip
+    add("--vae-tiling", action=argparse.BooleanOptionalAction, default=None,
+        help="decode in tiles: less memory, the same picture but for the last bits (default: where "
+        "memory asks for it)")  # fmt: skip
+
+
+def _add_diffusion(group: Any) -> None:
+    add = group.add_argument
+    add("--negative-prompt", type=prompt, metavar="TEXT", help="what to keep away from")
+    add("--sampler", metavar="NAME", help=f"how steps are taken: {', '.join(SAMPLERS)}")
+    add("--schedule", metavar="NAME", help=f"how noise levels are spaced: {', '.join(SCHEDULES)}")
+    add("--guidance-rescale", type=float, metavar="X",
+        help="0..1: against the glare of a high guidance (default: 0)")  # fmt: skip
+
+
+def _add_originals(group: Any) -> None:
+    add = group.add_argument
+    add_originals(add)
+    add("--strength", type=float, metavar="X",
+        help="0..1, how much of the way from pure noise is run: 0.3 keeps much of the picture, 1 nothing but "
+        "what a mask keeps (default: 0.8, with a mask 1)")  # fmt: skip
+    add("--composite", action=argparse.BooleanOptionalAction, default=None,
+        help="outside the mask, give back the picture's own pixels (default: yes)")  # fmt: skip
+    add("--fit", choices=("refuse", "crop", "stretch"),
+        help="what to do with a picture of other proportions (default: refuse)")  # fmt: skip
+
+
+def add_originals(add: Any, recorded: str = "") -> None:
+    """The two files. `recorded`: what to say of a picture that is painted again."""
+    add("--init-image", type=Path, metavar="FILE", help=recorded or "the picture to begin from")
+    add("--mask", type=Path, metavar="FILE",
+        help=recorded or "white, repaint; black or transparent, keep")  # fmt: skip
+
+
+def request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that `add_picture_options` are about; reads the files that they name.
+
+    Raises OutputError for a picture that cannot be read, RequestError for noise that cannot.
+    """
+    width, height = args.size or (None, None)
+    fields = {
+        "width": width,
+        "height": height,
+        "t5_length": args.t5_len,
+        "latents": None if args.latents_in is None else read_latents(args.latents_in),
+        "init_image": read_picture(args.init_image),
+        "mask": read_picture(args.mask),
+    }
+    same = (
+        "steps", "guidance", "vae_tiling", "negative_prompt", "sampler", "schedule", "guidance_rescale",
+        "strength", "composite", "fit",
+    )  # fmt: skip
+    return fields | {name: getattr(args, name) for name in same}
+
+
+def read_picture(path: Path | None) -> Image | None:
+    """The picture in a file, None for None. Raises OutputError."""
+    from .. import image
+
+    return None if path is None else image.open_picture(path)
+
+
+def read_latents(path: Path) -> Tensor:
+    """The tensor "latents" of a safetensors file, or "noise" of a record, whose latents end the run.
+
+    Raises RequestError if there is neither.
+    """
+    from ..checkpoint import open_checkpoint
+
+    if not path.is_file():
+        raise RequestError(f"latents {str(path)!r} cannot be read: it is not a file")
+    with open_checkpoint(path) as checkpoint:
+        for name in ("noise", "latents"):
+            if name in checkpoint:
+                return checkpoint.read(name)
+        names = ", ".join(checkpoint.names) or "nothing"
+    raise RequestError(f"{str(path)!r} holds {names}, expected a tensor named 'latents'")
+
+
 def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
     """Which model, from which files, computed how. `recorded`: defaults are what a picture's record says."""
-    add = parser.add_argument_group("where the model comes from").add_argument
+    add = parser.add_argument_group("where the model comes from", SOURCES).add_argument
     add("--path", type=Path, metavar="FOLDER",
         help="a folder with all of its files, or one file with several parts")  # fmt: skip
-    for role in COMPONENTS:
-        option, name = f"--{role.replace('_', '-')}", role.replace("_", " ")
-        add(option, type=Path, metavar="FILE", help=f"a file or folder for the {name} alone")
+    for role, what in COMPONENTS.items():
+        add(option_of(role), type=Path, metavar="FILE", help=f"a file or folder for {what} alone")
+    add("--prediction", metavar="TYPE",
+        help="what a Stable Diffusion UNet predicts, where its files do not say: epsilon, v_prediction "
+        f"or sample{' (default: as recorded)' if recorded else ''}")  # fmt: skip
     add("--fill-from", type=Path, metavar="FILE",
         help="where a file lacks tensors, take them from this one, which has the same part")  # fmt: skip
     add("--quantized", action="store_true",
@@ -101,10 +242,15 @@ def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -
         f"{says('reference, as published')}")  # fmt: skip
 
 
+def computing(args: argparse.Namespace) -> Computing:
+    """As the options say."""
+    return Computing(args.device, args.dtype, args.numerics, prediction=args.prediction)
+
+
 def load(
     args: argparse.Namespace,
     version: SDVersion,
-    computing: Computing,
+    how: Computing,
     cancel: CancelToken,
     on_event: Callable[[Event], None],
 ) -> LoadedModel:
@@ -116,12 +262,13 @@ def load(
         version,
         args.path,
         **given,
-        device=computing.device,
-        dtype=computing.dtype,
-        numerics=computing.numerics,
+        device=how.device,
+        dtype=how.dtype,
+        numerics=how.numerics,
         decode="on_load" if args.decode == "on-load" else "on_use",
         fill_from=args.fill_from,
-        quantized=args.quantized or computing.quantized,
+        quantized=args.quantized or how.quantized,
+        prediction=how.prediction,
         offline=args.offline,
         cancel=cancel,
         on_event=on_event,
@@ -129,8 +276,26 @@ def load(
 
 
 def chosen_version(args: argparse.Namespace, name: str | None) -> SDVersion:
-    """The model called `name`; None is the built-in one, which wants no files of the user's."""
+    """The model called `name`; None is what the files given show, the built-in one where there are none."""
     from ..model_loader import resolve_version
 
-    given = any(getattr(args, role) is not None for role in (*COMPONENTS, "path"))
-    return resolve_version(name, own_files=given)
+    given = {role: getattr(args, role) for role in (*COMPONENTS, "path") if getattr(args, role) is not None}
+    return resolve_version(name, given, args.prediction)
+
+
+def option_of(field: str) -> str:
+    """A field of a request, or an argument of `load_model`, as the command line spells it."""
+    return SPELLINGS.get(field) or f"--{field.replace('_', '-')}"
+
+
+def spelled(sentence: str) -> str:
+    """An error about a request in the command line's words: what is called negative_prompt there is called
+    --negative-prompt here. Names of two words are told anywhere, those of one where they begin
+    the sentence."""
+
+    def option(match: re.Match[str]) -> str:
+        return option_of(match[0])
+
+    two_words = "|".join(name for name in FIELDS if "_" in name)
+    sentence = re.sub(rf"(?<![\w'\"/.-])(?:{two_words})(?![\w'\"/.-])", option, sentence)
+    return re.sub(rf"^(?:{'|'.join(FIELDS)})(?= )", option, sentence)

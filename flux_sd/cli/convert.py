@@ -27,6 +27,8 @@ examples:
   flux-sd convert FLUX.1-dev/transformer flux1-dev.safetensors --to safetensors:bf16 --dialect bfl
       a folder with shards becomes one file under the authors' names
   flux-sd convert text_encoder_2 t5xxl-Q4_K.gguf --to gguf:Q4_K --dialect llama_cpp
+  flux-sd convert v1-5-pruned.ckpt sd15-unet.safetensors --to safetensors:f16 --component unet
+      the UNet of an original checkpoint, read by torch's weights-only unpickler
   flux-sd convert flux1-dev-fp8.safetensors ae.safetensors --to safetensors:f32 --component vae
       one component of a file that holds several
 
@@ -55,7 +57,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--component",
         metavar="NAME",
-        help="transformer, t5, clip or vae, where IN holds several",
+        help="transformer, unet, t5, clip or vae, where IN holds several; of SDXL's two text encoders "
+        "clip.hf or clip.openclip",
     )
     parser.add_argument("--overwrite", "--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with Interrupt() as interrupt:
         from ..convert import convert
-        from ..flux_files import MAPS
+        from ..model_files import FLUX, SDXL
 
         try:
             done = convert(
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 args.output,
                 args.to,
                 dialect=args.dialect,
-                component=MAPS.get(args.component, args.component),
+                component=(SDXL.maps | FLUX.maps).get(args.component, args.component),
                 overwrite=args.overwrite,
                 cancel=interrupt.token(),
                 on_progress=_progress(bars),

@@ -33,6 +33,12 @@ EPILOG = """examples:
       a released model: downloaded at first use (`flux-sd models` says how much that is)
   flux-sd generate "a lighthouse at dusk" --model flux-dev --path ~/flux-dev --steps 28 --preview-every 4
       the same from a folder of your own, with a look at the picture after every fourth step
+  flux-sd generate "a watercolour" --model sdxl --init-image photo.png --strength 0.6 --negative-prompt blur
+      Stable Diffusion, beginning from a picture, away from what a second text says
+  flux-sd generate "a red door" --model sd15-inpaint --init-image house.png --mask door.png
+      only what is white in door.png is repainted
+  flux-sd generate "a fox" --unet mine.safetensors --path ~/sd15 --sampler dpm++_2m --schedule karras
+      a UNet of your own, with the rest of a model from a folder
 
 Each picture carries its prompt, seed and settings; `flux-sd replay FILE.png` paints it again and compares."""
 OUTPUT_OPTIONS = {"-o": 1, "--output": 1, "--latents-out": 1, "--overwrite": 0}  # and how many words follow
@@ -54,36 +60,27 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="one that `flux-sd models` lists (default: tiny-flux, the built-in one)",
+        help="one that `flux-sd models` lists (default: what the files given are of; without any tiny-flux, "
+        "which is built in)",
     )
-    _add_picture_options(parser)
+    _add_order_options(parser)
+    arguments.add_picture_options(parser)
     _add_output_options(parser)
     arguments.add_model_options(parser)
 
 
-def _add_picture_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the picture (where no default is named, it is the model's own)")
-    add = group.add_argument
-    add("--size", type=arguments.size, metavar="N|WxH", help="pixels: 512, or width x height as 512x768")
-    add("--width", type=arguments.whole, metavar="N", help="pixels, instead of --size")
-    add("--height", type=arguments.whole, metavar="N", help="pixels, instead of --size")
-    add("--steps", type=arguments.whole, metavar="N", help="how many denoising steps: more take longer")
-    add("--guidance", type=float, metavar="X", help="how closely to follow the text (flux-dev)")
-    add("--t5-len", type=arguments.whole, metavar="N", help="length of the T5 text input in tokens")
-    add("--strict-prompt", action="store_true", help="stop if the text is too long, instead of cutting it")
-    add(
-        "--seed",
-        type=arguments.seed,
-        metavar="N",
-        help="the same seed paints the same picture (default: drawn)",
-    )
+def _add_order_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how many, and which").add_argument
+    add("--seed", type=arguments.seed, metavar="N",
+        help="the same seed paints the same picture (default: drawn)")  # fmt: skip
     add("--batch", type=arguments.whole, default=1, metavar="N",
         help="how many pictures, from seeds N, N+1, ... (default: 1)")  # fmt: skip
     add("--batched", action=argparse.BooleanOptionalAction, default=None,
         help="compute all pictures of a batch at once; they may differ in the last bits from "
         "pictures painted alone (default: on a GPU)")  # fmt: skip
-    add("--latents-in", type=Path, metavar="FILE",
-        help="start from this noise, not the seed's: safetensors, 'latents' [batch,C,H/8,W/8]")  # fmt: skip
+    add("--width", type=arguments.whole, metavar="N", help="pixels, instead of --size")
+    add("--height", type=arguments.whole, metavar="N", help="pixels, instead of --size")
+    add("--strict-prompt", action="store_true", help="stop if the text is too long, instead of cutting it")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -242,21 +239,16 @@ def _request(args: argparse.Namespace) -> GenerationRequest:
 
     if args.size is not None and (args.width is not None or args.height is not None):
         raise RequestError("--size and --width or --height were given: use one or the other")
-    width, height = args.size or (args.width, args.height)
-    latents = None if args.latents_in is None else read_latents(args.latents_in)
+    fields = arguments.request_fields(args)
+    fields |= {} if args.size is not None else {"width": args.width, "height": args.height}
     return GenerationRequest(
         prompt=args.prompt,
-        width=width,
-        height=height,
-        steps=args.steps,
-        guidance=args.guidance,
         seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
         batch=args.batch,
         batched=args.batched,
-        t5_length=args.t5_len,
         strict_prompt=args.strict_prompt,
-        latents=latents,
         preview_every=args.preview_every or (1 if args.preview else None),
+        **fields,
     )
 
 
@@ -268,7 +260,7 @@ def _paint(
     cancel: CancelToken,
 ) -> tuple[list[Result], dict[str, float]]:
     """Loads and runs the model. Returns the pictures and the seconds of each stage."""
-    computing = arguments.Computing(args.device, args.dtype, args.numerics)
+    computing = arguments.computing(args)
     start = time.perf_counter()
     try:
         with closing(arguments.load(args, version, computing, cancel, listener)) as model:
@@ -281,13 +273,20 @@ def _paint(
 
 
 def _write(results: list[Result], output: Output, args: argparse.Namespace, console: Console) -> None:
-    if args.latents_in is not None:
-        for result in results:
-            digest = tensor_hash(result.noise)
-            result.metadata |= {"latents_file": args.latents_in.name, "latents_sha256": digest}
+    for result in results:
+        if args.latents_in is not None:
+            result.metadata["latents_sha256"] = tensor_hash(result.noise)
+        for name, path in given_files(args).items():
+            result.metadata[f"{name}_file"] = path.name
     output.write_pictures(results, console)
     if output.latents is not None:
         write_latents(results, output.latents, output.overwrite)
+
+
+def given_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that a picture began from: a record names them, for whoever paints it again."""
+    given = {"latents": args.latents_in, "init_image": args.init_image, "mask": args.mask}
+    return {name: path for name, path in given.items() if path is not None}
 
 
 def _report(
@@ -358,23 +357,6 @@ def repeat_command(argv: list[str], args: argparse.Namespace, seed: int) -> str:
 
 
 # --------------------------------------------------------------------------------------- latents
-
-
-def read_latents(path: Path) -> Tensor:
-    """The tensor "latents" of a safetensors file, or "noise" of a record, whose latents end the run.
-
-    Raises RequestError if there is neither.
-    """
-    from ..checkpoint import open_checkpoint
-
-    if not path.is_file():
-        raise RequestError(f"latents {str(path)!r} cannot be read: it is not a file")
-    with open_checkpoint(path) as checkpoint:
-        for name in ("noise", "latents"):
-            if name in checkpoint:
-                return checkpoint.read(name)
-        names = ", ".join(checkpoint.names) or "nothing"
-    raise RequestError(f"{str(path)!r} holds {names}, expected a tensor named 'latents'")
 
 
 def write_latents(results: list[Result], path: Path, overwrite: bool) -> None:

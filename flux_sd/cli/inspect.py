@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, FluxSdError
+from .arguments import option_of
 from .console import Console, gigabytes, printable, table
 
 if TYPE_CHECKING:
@@ -260,13 +261,13 @@ def _refused(paths: Sequence[Path], error: CheckpointError) -> Report:
     return Report(len(paths), len(infos), size, parts, _shown(metadata), "", str(error))
 
 
-@functools.cache  # a third of a second, for all files together
+@functools.cache  # each is built for the first file that is held against it
 def _networks() -> tuple[Network, ...]:
-    """Every network of the built models, on the meta device."""
+    """Every network of every model."""
     from ..versions import SDVersion
     from .maps import networks
 
-    return tuple(networks([version for version in SDVersion if version.info.built]))
+    return tuple(networks(list(SDVersion)))
 
 
 def _held(found: Found, checkpoint: Checkpoint) -> Part:
@@ -314,13 +315,17 @@ def _shown(metadata: dict[str, str]) -> dict[str, str]:
 
 def _advice(paths: Sequence[Path], parts: Sequence[Part]) -> str:
     """The command that takes this file, for a model that each of its parts fits."""
-    from ..flux_files import ROLES
+    from ..model_files import config_of, differences, layout_of
     from ..sniff import OTHER
+    from ..versions import SDVersion
 
     ours = [part for part in parts if part.found.component != OTHER]
     models = [model for model in (ours[0].fits if ours else ()) if all(model in part.fits for part in ours)]
     if not models or len(paths) > 1:
         return ""
-    role = "path" if len(ours) > 1 else ROLES[ours[0].found.component]
-    command = ["flux-sd", "generate", "a prompt", "--model", models[0], f"--{role}", str(paths[0])]
+    found, info = ours[0].found, SDVersion.parse(models[0]).info
+    of_kind = (role for role, component in layout_of(info).maps.items() if component == found.component)
+    fitting = (role for role in of_kind if not differences(found, config_of(role, info)))
+    role = "path" if len(ours) > 1 else next(fitting)
+    command = ["flux-sd", "generate", "a prompt", "--model", models[0], option_of(role), str(paths[0])]
     return printable(shlex.join(command))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FluxSdError, NotBuiltError, RequestError, WeightMapError
+from ..errors import FluxSdError, RequestError, WeightMapError
 from .console import Console, gigabytes, table
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def listing(weight_map: WeightMap, model: str | None) -> Iterator[str]:
 
     fits = [n for n in networks(_versions(model)) if n.component == weight_map.component]
     if not fits:
-        where = "no model that is built" if model is None else SDVersion.parse(model).info.key
+        where = "no model" if model is None else SDVersion.parse(model).info.key
         raise RequestError(f"{where} has a part of the kind {weight_map.component}")
     network = max(fits, key=lambda n: len(n.module.state_dict()))
     rows = weight_map.expand(network.config, network.module.state_dict().keys())
@@ -134,12 +135,17 @@ def run_check(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Network:
-    """One network at one size, on the meta device, and the models that have it."""
+    """One network at one size, and the models that have it."""
 
     component: str
     config: Any
-    module: nn.Module
+    build: Callable[[], nn.Module]
     models: tuple[str, ...]
+
+    @functools.cached_property  # SDXL's UNet takes half a second
+    def module(self) -> nn.Module:
+        """On the meta device."""
+        return self.build()
 
 
 @dataclass(frozen=True)
@@ -211,25 +217,21 @@ def _check_part(path: Path, checkpoint: Checkpoint, hit: Hit, kinds: list[Networ
 
 
 def _versions(model: str | None) -> list[SDVersion]:
-    """The model named, or every one that is built."""
+    """The model named, or every one."""
     from ..versions import SDVersion
 
-    if model is None:
-        return [version for version in SDVersion if version.info.built]
-    version = SDVersion.parse(model)
-    if not version.info.built:
-        raise NotBuiltError(f"{version.info.title} is not built yet: there is nothing to hold a file against")
-    return [version]
+    return list(SDVersion) if model is None else [SDVersion.parse(model)]
 
 
 def networks(versions: list[SDVersion]) -> list[Network]:
-    """Every network that these models have, each size once."""
-    from ..model_loader import parts_of
+    """Every network that these models have, each size once; none is built yet."""
+    from ..model_loader import FAMILIES
+    from ..numerics import reference
 
     found: dict[tuple[str, Any], Network] = {}
-    for version in versions:
-        for component, config, module in parts_of(version):
-            before = found.get((component, config))
-            models = (version.info.key,) if before is None else (*before.models, version.info.key)
-            found[component, config] = Network(component, config, module, models)
+    for info in (version.info for version in versions):
+        for part in FAMILIES[info.family].networks(info, reference()).values():
+            before = found.get((part.component, part.config))
+            models = (info.key,) if before is None else (*before.models, info.key)
+            found[part.component, part.config] = Network(part.component, part.config, part.on_meta, models)
     return list(found.values())

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+UNTOLD = "as the files say: v_prediction as released; files of your own may want --prediction"
 HEADER = ["model", "size", "steps", "disk", "memory", "licence", "here"]
 
 
@@ -63,12 +64,15 @@ def describe(version: SDVersion) -> dict[str, Any]:
     return {
         "name": info.key,
         "title": info.title,
-        "built": info.built,
         "width": info.width,
         "height": info.height,
         "steps": info.steps,
         "guidance": info.guidance,
         "t5_length": info.t5_length,
+        "inpainting": info.is_inpainting,
+        "sampler": getattr(info.sd, "sampler", None),
+        "schedule": getattr(info.sd, "schedule", None),
+        "prediction": getattr(info.sd, "prediction", None),
         "licence": info.licence,
         "repository": info.repo,
         "gated": info.gated,
@@ -120,8 +124,6 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def _presence(entry: dict[str, Any]) -> str:
-    if not entry["built"]:
-        return "not built yet"
     state, size = entry["cache"]["state"], entry["cache"]["bytes"]
     words = {"complete": "yes", "absent": "no", "partial": f"partly, {gigabytes(size)}"}
     return words.get(state, str(state))
@@ -138,6 +140,12 @@ def details(entry: dict[str, Any]) -> str:
     ]
     if entry["t5_length"] is not None:
         lines.append(f"  T5 length      {entry['t5_length']} tokens")
+    if entry["sampler"] is not None:
+        lines.append(f"  sampler        {entry['sampler']}; others with --sampler")
+        lines.append(f"  schedule       {entry['schedule']}; others with --schedule")
+        lines.append(f"  predicts       {entry['prediction'] or UNTOLD}")
+    if entry["inpainting"]:
+        lines.append("  needs          --init-image and --mask")
     lines.append(f"  licence        {entry['licence']}")
     lines.append(f"  disk           {gigabytes(entry['disk_bytes'])}")
     lines.append(

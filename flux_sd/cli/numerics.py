@@ -72,7 +72,6 @@ def lines(effects: dict[str, list[dict[str, Any]]], measured: dict[str, Any]) ->
         yield from ("", *_not_mirrored(other))
         yield from _effects(effects.get(other.name, []))
     yield ""
-    yield "Differences of Stable Diffusion's networks and samplers are listed when those are built."
     yield f"Measured {measured['date']} with {measured['made_by']}: {measured['command']}"
 
 

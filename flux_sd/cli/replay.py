@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OutputError, RequestError
 from . import arguments
 from .console import Console, Interrupt, ProgressBars
-from .generate import read_latents, tensor_hash
+from .generate import tensor_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +26,16 @@ EPILOG = """examples:
       one picture of a batch is painted alone, from its own seed
   flux-sd replay lighthouse.png --path ~/models/flux-dev
       a record holds no paths: a model that was loaded from your own files needs them again
+  flux-sd replay door.png --init-image house.png --mask mask.png
+      nor pictures: those that it began from are given again, and known by their pixels
 
 exit code: 0 if bit-equal, 1 if not."""
+# Fields of a request that a record holds under their own names, where the family has them.
+RECORDED = (
+    "width", "height", "steps", "guidance", "t5_length", "negative_prompt", "guidance_rescale", "sampler",
+    "schedule", "strength", "composite", "fit",
+)  # fmt: skip
+GROUNDS = {"init_image": "white", "mask": "black"}  # under what is transparent, as generation takes it
 NEEDED = {"prompt": str, "model": str, "seed": int, "width": int, "height": int, "steps": int}
 
 
@@ -51,6 +59,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--latents-in", type=Path, metavar="FILE", help="the noise, if the picture began from a file"
     )
+    arguments.add_originals(parser.add_argument, "the same as then, if the picture began from one")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors; see the exit code")
     arguments.add_model_options(parser, recorded=True)
 
@@ -101,9 +110,8 @@ def _paint_again(
             result = model.generate(request, on_event=bars, cancel=cancel)[0]
     finally:
         bars.close()
-    if request.latents is not None:
-        keys = ("latents_file", "latents_sha256")
-        result.metadata |= {key: record[key] for key in keys if key in record}
+    keys = ("latents_file", "latents_sha256", "init_image_file", "mask_file")
+    result.metadata |= {key: record[key] for key in keys if key in record}
     return result
 
 
@@ -116,21 +124,22 @@ def _computing(args: argparse.Namespace, record: dict[str, Any]) -> arguments.Co
         dtype=args.dtype or dtype,
         numerics=args.numerics or record.get("numerics", "reference"),
         quantized=record.get("quantized", False),
+        prediction=args.prediction or record.get("prediction"),
     )
 
 
 def _request(args: argparse.Namespace, record: dict[str, Any]) -> GenerationRequest:
     from ..request import GenerationRequest
 
+    same: dict[str, Any] = {name: record.get(name) for name in RECORDED}
     return GenerationRequest(
         prompt=record["prompt"],
-        width=record["width"],
-        height=record["height"],
-        steps=record["steps"],
-        guidance=record.get("guidance"),
         seed=record["seed"],
-        t5_length=record.get("t5_length"),
         latents=_latents(args.latents_in, record),
+        init_image=_original("init_image", args.init_image, record),
+        mask=_original("mask", args.mask, record),
+        vae_tiling=record.get("vae_tiling") or None,  # one that ran whole may need tiles on this machine
+        **same,
     )
 
 
@@ -142,10 +151,30 @@ def _latents(path: Path | None, record: dict[str, Any]) -> Tensor | None:
     if path is None:
         name = record.get("latents_file", "a file")
         raise RequestError(f"this picture began from the noise in {name}: give it with --latents-in")
-    rows: list[Tensor] = [row for row in read_latents(path) if wanted is None or tensor_hash(row) == wanted]
+    noise = arguments.read_latents(path)
+    rows: list[Tensor] = [row for row in noise if wanted is None or tensor_hash(row) == wanted]
     if not rows:
         raise RequestError(f"{str(path)!r} does not hold the noise that this picture began from")
     return rows[0][None]
+
+
+def _original(name: str, path: Path | None, record: dict[str, Any]) -> Image | None:
+    """The picture or the mask that the record names by the hash of its pixels. Raises RequestError where it
+    is not given, or another."""
+    from .. import image
+
+    wanted, option = record.get(name), arguments.option_of(name)
+    if wanted is None:
+        if path is not None:
+            raise RequestError(f"this picture began from no {option}: leave it out")
+        return None
+    if path is None:
+        file = record.get(f"{name}_file", "a file")
+        raise RequestError(f"this picture began from the picture in {file}: give it with {option}")
+    found = image.open_picture(path)
+    if image.pixel_hash(image.to_rgb(found, GROUNDS[name])) != wanted:
+        raise RequestError(f"{str(path)!r} is not the {option} that this picture began from: pixels differ")
+    return found
 
 
 def compare(then: Image, record: Mapping[str, Any], now: Image, fresh: Mapping[str, Any]) -> list[str]:

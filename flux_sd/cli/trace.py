@@ -7,10 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NonFiniteError, NotBuiltError, RequestError
+from ..errors import NonFiniteError, RequestError
 from . import arguments
 from .console import Console, Interrupt, ProgressBars
-from .generate import read_latents
 
 if TYPE_CHECKING:
     from ..model_loader import LoadedModel
@@ -28,11 +27,18 @@ EPILOG = """examples:
       which stages a pattern selects; nothing is loaded
   flux-sd trace --stage transformer --inputs run.safetensors --step 2 -o step.safetensors
       the transformer alone, on what it was given at the third step of a recorded run
+  flux-sd trace --stage unet --inputs run.safetensors --step 2 -o step.safetensors --model sd15
+      the same for Stable Diffusion: its record says how it was guided, or --guidance does
   flux-sd trace "a cat" -o ours.safetensors --like-candle --numerics candle --latents-in noise.safetensors
       what `candle_reference run` records, under the same names, from the same noise
 
 Patterns are those of a shell (* ? [...]); * matches dots too. `flux-sd compare` compares two records."""
-RUN_OPTIONS = ("size", "steps", "t5_len", "seed", "latents_in")  # that a single stage has no use for
+RUN_OPTIONS = (  # that a single stage has no use for
+    "size", "steps", "t5_len", "seed", "latents_in", "negative_prompt", "sampler", "schedule",
+    "guidance_rescale", "init_image", "mask", "strength", "composite", "fit", "vae_tiling",
+)  # fmt: skip
+STAGES = ("clip", "clip_2", "t5", "transformer", "unet", "vae-encode", "vae-decode")
+DENOISERS = ("transformer", "unet")  # have steps and guidance
 
 
 def register(commands: Any) -> None:
@@ -50,9 +56,11 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?", type=arguments.prompt, help="what to paint, in quotes")
-    add("--model", metavar="NAME", help="one that `flux-sd models` lists (default: tiny-flux)")
+    add("--model", metavar="NAME",
+        help="one that `flux-sd models` lists (default: that of the files, else tiny-flux)")  # fmt: skip
+    add("--seed", type=arguments.seed, metavar="N", help="of the noise (default: 0)")
     _add_choices(parser)
-    _add_run_options(parser)
+    arguments.add_picture_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", type=Path, metavar="FILE.safetensors", help="the record")
     add("--overwrite", action="store_true", help="replace a file that exists (default: refuse)")
@@ -70,28 +78,18 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--list", action="store_true", help="print the names of the stages that would be recorded, and end")
     add(
         "--stage",
-        choices=("clip", "t5", "transformer", "vae-decode"),
-        help="run one network alone, on --inputs",
+        choices=STAGES,
+        help="run one network of the model alone, on --inputs",
     )
     add("--inputs", type=Path, metavar="FILE",
-        help="safetensors: 'ids', 'latents' or the transformer's arguments; or a record")  # fmt: skip
+        help="safetensors: 'ids', 'latents', 'image', or the arguments of transformer or UNet by their "
+        "names; or a record")  # fmt: skip
     add(
         "--step",
         type=arguments.seed,
         metavar="N",
         help="which step of a record, from 0 (default: 0)",
     )
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the picture (defaults: the model's own)").add_argument
-    add("--size", type=arguments.size, metavar="N|WxH", help="pixels: 512, or width x height as 512x768")
-    add("--steps", type=arguments.whole, metavar="N", help="how many denoising steps")
-    add("--guidance", type=float, metavar="X", help="how closely to follow the text (flux-dev)")
-    add("--t5-len", type=arguments.whole, metavar="N", help="length of the T5 text input in tokens")
-    add("--seed", type=arguments.seed, metavar="N", help="of the noise (default: 0)")
-    add("--latents-in", type=Path, metavar="FILE",
-        help="this noise in place of the seed's: safetensors, 'latents' [1,C,H/8,W/8]; a record")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,48 +129,37 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--like-candle says which stages are recorded: leave out --stages and --stage")
     unused = [name for name in RUN_OPTIONS if getattr(args, name) is not None] if args.stage else []
     if unused:
-        raise RequestError(f"--{unused[0].replace('_', '-')} is of no use to --stage: it is about whole runs")
-    if args.step is not None and args.stage != "transformer":
         raise RequestError(
-            "--step is of use to --stage transformer only: it says which step's inputs to take"
+            f"{arguments.option_of(unused[0])} is of no use to --stage: it is about whole runs"
         )
-    if args.guidance is not None and args.stage not in (None, "transformer"):
+    if args.step is not None and args.stage not in DENOISERS:
+        named = " and ".join(DENOISERS)
+        raise RequestError(f"--step is of use to --stage {named} only: it says which step's inputs to take")
+    if args.guidance is not None and args.stage not in (None, *DENOISERS):
         raise RequestError(f"--guidance is of no use to --stage {args.stage}")
 
 
 def _list(args: argparse.Namespace, version: SDVersion, console: Console) -> int:
-    from ..model_loader import check_request
-    from ..trace import Selection, stages, stages_of
+    from ..numerics import parse
+    from ..trace import Selection, candle_names, stages, stages_of
 
-    check_request(version, _request(args, "a prompt"), args.numerics)
+    info, numerics = version.info, parse(args.numerics)
     if args.stage:
-        known = list(stages_of(args.stage, version.info, args.step or 0))
+        known = list(stages_of(args.stage, info, numerics, args.step or 0))
     else:
-        known = list(stages(version.info, args.steps or version.info.steps))
-    selection = Selection(_patterns(args))
-    selection.check(known)
-    names = [stage.name for stage in known if selection.takes(stage)]
+        known = list(stages(info, _request(args, "a prompt"), numerics))
+    selection = Selection(tuple(args.stages or ("default",)))
+    names = candle_names(info.family, known) if args.like_candle else selection.names(known)
     for name in names:
         console.line(name)
     console.document({"stages": names})
     return 0
 
 
-def _patterns(args: argparse.Namespace) -> tuple[str, ...]:
-    from ..trace import CANDLE, DEFAULT
-
-    return CANDLE if args.like_candle else tuple(args.stages or (DEFAULT,))
-
-
 def _request(args: argparse.Namespace, prompt: str) -> GenerationRequest:
     from ..request import GenerationRequest
 
-    width, height = args.size or (None, None)
-    latents = None if args.latents_in is None else read_latents(args.latents_in)
-    return GenerationRequest(
-        prompt=prompt, width=width, height=height, steps=args.steps, guidance=args.guidance,
-        seed=args.seed or 0, t5_length=args.t5_len, latents=latents,
-    )  # fmt: skip
+    return GenerationRequest(prompt=prompt, seed=args.seed or 0, **arguments.request_fields(args))
 
 
 def _trace(args: argparse.Namespace, version: SDVersion, console: Console, cancel: CancelToken) -> Traced:
@@ -196,20 +183,16 @@ def _trace_stage(
     args: argparse.Namespace, version: SDVersion, console: Console, cancel: CancelToken
 ) -> Traced:
     from ..checkpoint import open_checkpoint
-    from ..model_loader import FluxModel
     from ..stage_inputs import StageInputs
-    from ..trace import trace_stage
+    from ..trace import stage_named, trace_stage
 
+    stage_named(args.stage, version.info)
     bars = ProgressBars(console)
     try:
         with open_checkpoint(args.inputs) as given, closing(_load(args, version, cancel, bars)) as model:
-            if not isinstance(model, FluxModel) or version.info.flux is None:
-                raise NotBuiltError(
-                    f"single stages of {version.info.key} cannot be run yet: trace a whole run"
-                )
-            inputs = StageInputs(given, version.info.flux, args.step or 0)
+            inputs = StageInputs(given, model.components.config, args.step or 0, args.guidance)
             return trace_stage(
-                model.components, args.stage, inputs, args.output, guidance=args.guidance,
+                model.components, args.stage, inputs, args.output,
                 patterns=args.stages or ("default",), overwrite=args.overwrite, on_event=bars, cancel=cancel,
             )  # fmt: skip
     finally:
@@ -219,5 +202,4 @@ def _trace_stage(
 def _load(
     args: argparse.Namespace, version: SDVersion, cancel: CancelToken, bars: ProgressBars
 ) -> LoadedModel:
-    computing = arguments.Computing(args.device, args.dtype, args.numerics)
-    return arguments.load(args, version, computing, cancel, bars)
+    return arguments.load(args, version, arguments.computing(args), cancel, bars)

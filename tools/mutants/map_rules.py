@@ -1,5 +1,5 @@
 """Wrong edits of the weight maps that leave every name plausible: parts of a `cat` exchanged, another third,
-a forgotten swap, blocks counted from the wrong end, two rows that take each other's tensor."""
+a forgotten swap, blocks counted from the wrong end, two rows or two blocks that take each other's tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ TWINS = (
     ("layer_norm1", "layer_norm2"), ("attn_norm", "ffn_norm"), ("linear_1", "linear_2"), ("conv1", "conv2"),
     ("norm1", "norm1_context"), ("ff", "ff_context"), ("attn", "attn_context"), ("ln_1", "ln_2"),
     ("block_1", "block_2"), ("layer.0", "layer.1"), ("resnets.0", "resnets.1"), ("to_out", "to_add_out"),
+    ("in_layers.0", "out_layers.0"), ("in_layers.2", "out_layers.3"), ("time_embed.0", "time_embed.2"),
+    ("label_emb.0.0", "label_emb.0.2"),
 )  # fmt: skip
 
 
@@ -31,7 +33,10 @@ def map_mutants(root: Path, file: str) -> list[Mutant]:
             found.append(_row_mutant(file, text, target, made, after, rule))
     for (one, takes), (two, gives) in combinations(rows.items(), 2):
         if _are_twins(takes, gives):
-            found.append(_exchange(file, text, (one, takes), (two, gives)))
+            found.append(_exchange(file, text, (one, takes), (two, gives), "rows exchanged"))
+    for blocks in content.get("pairs", {}).values():
+        for one, two in pairwise(blocks.items()):
+            found.append(_exchange(file, text, one, two, "blocks exchanged"))
     return found
 
 
@@ -88,14 +93,14 @@ def _row_mutant(file: str, text: str, target: str, made: str, after: str, rule: 
     return Mutant(file, _line(text, start), target, rule, start, start + len(made), made, after)
 
 
-def _exchange(file: str, text: str, one: tuple[str, str], two: tuple[str, str]) -> Mutant:
+def _exchange(file: str, text: str, one: tuple[str, str], two: tuple[str, str], rule: str) -> Mutant:
     first, second = sorted((_place(text, *row), row[1]) for row in (one, two))
     end = second[0] + len(second[1])
     before = text[first[0] : end]
     between = before[len(first[1]) : second[0] - first[0]]
     after = second[1] + between + first[1]
     where = f"{one[0]} and {two[0]}"
-    return Mutant(file, _line(text, first[0]), where, "rows exchanged", first[0], end, before, after)
+    return Mutant(file, _line(text, first[0]), where, rule, first[0], end, before, after)
 
 
 def _place(text: str, target: str, made: str) -> int:

@@ -1,4 +1,4 @@
-"""What the flow stage's blocks run while training on a CPU, faster than torch's own backward passes.
+"""What the networks' blocks run while training on a CPU, faster than torch's own backward passes.
 
 The same mathematics as flux_sd.ops and flux_sd.flux_mmdit, with bfloat16 between the operations.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_sd import clip, flux_mmdit, t5
+from flux_sd import clip, flux_mmdit, t5, unet
 
 
 def attention(
@@ -75,6 +75,7 @@ def in_use() -> Iterator[None]:
         (clip, "attention", attention),
         (t5, "attention", attention),
         (t5, "rms_norm", rms_norm),
+        (unet, "attention", attention),
     )
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, function in places:

@@ -1,4 +1,4 @@
-"""flux_files.py: which file plays which role, in folders, in one file with several parts, and in pieces."""
+"""model_files.py: which file plays which role, in folders, in one file with several parts, and in pieces."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from flux_sd.checkpoint import open_checkpoint
 from flux_sd.errors import MissingFileError, WeightMapError
-from flux_sd.flux_files import MAPS, PLACES, FluxFiles, check_roles, find_files
 from flux_sd.flux_mmdit import FluxConfig
 from flux_sd.load_plan import plan_load
+from flux_sd.model_files import FLUX, ModelFiles, check_roles, find_files
 from flux_sd.versions import SDVersion
 
+INFO = SDVersion.FLUX_SCHNELL.info
 PARTS: dict[str, Callable[[], header.Shapes]] = {
     "transformer": lambda: header.flux("schnell"),
     "vae": header.flux_vae,
@@ -63,7 +64,7 @@ def test_a_model_in_one_file_is_the_model_in_a_folder(
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(folder / name, path.parent / name)
     with helpers_flux.open_model(folder, info) as whole, helpers_flux.open_model(path, info) as single:
-        for role in MAPS:
+        for role in FLUX.maps:
             wanted = whole.components.network(role).state_dict()
             found = single.components.network(role).state_dict()
             assert found.keys() == wanted.keys()
@@ -73,10 +74,11 @@ def test_a_model_in_one_file_is_the_model_in_a_folder(
 def test_one_file_with_everything_plays_every_role(tmp_path: Path) -> None:
     sparse(tmp_path)
     path = header.safetensors(tmp_path / "flux1-dev-fp8.safetensors", header.all_in_one(), "F8_E4M3")
-    files = find_files(path, {})
-    assert files == FluxFiles(path, path, path, path, tmp_path / "tokenizer", tmp_path / "tokenizer_2")
+    files = find_files(INFO, path, {})
+    tokenizers = {"clip": tmp_path / "tokenizer", "t5": tmp_path / "tokenizer_2"}
+    assert files == ModelFiles(dict.fromkeys(FLUX.maps, path), tokenizers)
     with open_checkpoint(path) as checkpoint:
-        check_roles(SDVersion.FLUX_DEV.info, dict.fromkeys(MAPS, checkpoint))
+        check_roles(SDVersion.FLUX_DEV.info, dict.fromkeys(FLUX.maps, checkpoint))
 
 
 def test_what_one_file_lacks_comes_from_options_and_from_beside_it(tmp_path: Path) -> None:
@@ -86,22 +88,22 @@ def test_what_one_file_lacks_comes_from_options_and_from_beside_it(tmp_path: Pat
         tmp_path / "pipeline.gguf", shapes | header.behind("first_stage_model.", header.flux_vae())
     )
     t5 = tmp_path / "elsewhere" / "any.safetensors"
-    files = find_files(path, {"t5": t5})
-    assert (files.transformer, files.vae) == (path, path)
-    assert (files.t5, files.clip) == (t5, tmp_path / "clip_l.safetensors")
-    given = find_files(path, {"t5": t5, "vae": tmp_path / "ae.safetensors"})
-    assert given.vae == tmp_path / "ae.safetensors"  # what is given goes before what the file holds
+    files = find_files(INFO, path, {"t5": t5})
+    assert (files.networks["transformer"], files.networks["vae"]) == (path, path)
+    assert (files.networks["t5"], files.networks["clip"]) == (t5, tmp_path / "clip_l.safetensors")
+    given = find_files(INFO, path, {"t5": t5, "vae": tmp_path / "ae.safetensors"})
+    assert given.networks["vae"] == tmp_path / "ae.safetensors"  # what is given goes before what the file has
 
 
 def test_roles_that_nothing_serves_are_all_named_with_what_would(tmp_path: Path) -> None:
     sparse(tmp_path, vae="my own.safetensors")
     path = header.gguf(tmp_path / "x.gguf", header.flux("schnell"))
     with pytest.raises(MissingFileError) as caught:
-        find_files(path, {})
+        find_files(INFO, path, {})
     said = str(caught.value)
     assert said.startswith("x.gguf holds the transformer only, and ") and "\n" not in said
     for role in ("clip", "t5", "vae"):
-        assert f"no {role}: expected {' or '.join(PLACES[role])} there, or give --{role} FILE" in said
+        assert f"no {role}: expected {' or '.join(FLUX.places[role])} there, or give --{role} FILE" in said
     assert said.endswith("(my own.safetensors there is an autoencoder (VAE))") or "(my own" in said
 
 
@@ -110,10 +112,10 @@ def test_a_folder_without_a_role_points_to_what_would_do(tmp_path: Path) -> None
     (tmp_path / "broken.safetensors").write_bytes(b"")
     header.safetensors(tmp_path / "mine" / "x.safetensors", header.flux("schnell"))
     with pytest.raises(MissingFileError, match=r"no transformer: .*\(mine there is a FLUX.1 transformer\)"):
-        find_files(tmp_path, {})
+        find_files(INFO, tmp_path, {})
     header.safetensors(tmp_path / "mine.safetensors", header.flux("schnell"))
     with pytest.raises(MissingFileError, match=r"\(mine.safetensors there is a FLUX.1 transformer\)"):
-        find_files(tmp_path, {})
+        find_files(INFO, tmp_path, {})
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop", "text/x"])
@@ -122,7 +124,7 @@ def test_a_path_that_cannot_be_reached_is_not_said_to_be_absent(name: str, tmp_p
     (tmp_path / "text").write_text("text")
     for source, given in ((tmp_path / name, {}), (None, {"vae": tmp_path / name})):
         with pytest.raises(MissingFileError, match=rf"^(path|vae): .*{name} cannot be read: [^\[]*$"):
-            find_files(source, given)
+            find_files(INFO, source, given)
 
 
 def test_a_folder_of_configs_competes_with_no_file(tmp_path: Path) -> None:
@@ -131,9 +133,9 @@ def test_a_folder_of_configs_competes_with_no_file(tmp_path: Path) -> None:
     for name in ("transformer", "vae", "text_encoder_2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    files = find_files(tmp_path, {})
-    assert (files.vae.name, files.t5.name) == ("ae.safetensors", "t5xxl.safetensors")
-    assert files.clip == tmp_path / "text_encoder"
+    files = find_files(INFO, tmp_path, {})
+    assert (files.networks["vae"].name, files.networks["t5"].name) == ("ae.safetensors", "t5xxl.safetensors")
+    assert files.networks["clip"] == tmp_path / "text_encoder"
 
 
 def test_gguf_files_are_found_by_role(tmp_path: Path) -> None:
@@ -144,8 +146,8 @@ def test_gguf_files_are_found_by_role(tmp_path: Path) -> None:
     }  # fmt: skip
     for role, name in names.items():
         header.gguf(tmp_path / name, PARTS[role]())
-    files = find_files(tmp_path, {})
-    assert {role: getattr(files, role).name for role in names} == names
+    files = find_files(INFO, tmp_path, {})
+    assert {role: files.networks[role].name for role in names} == names
 
 
 def test_a_difference_that_makes_no_other_model_is_left_to_the_loader(tmp_path: Path) -> None:

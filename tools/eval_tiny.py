@@ -1,6 +1,7 @@
-"""Measures the embedded model: does it paint what held-out captions ask for, how exact is its autoencoder?
+"""Measures an embedded model: does it paint what held-out captions ask for, how exact is its autoencoder?
 
-    python tools/eval_tiny_flux.py            # needs Debian's fonts-noto-color-emoji, or --font FILE
+    python tools/eval_tiny.py                     # needs Debian's fonts-noto-color-emoji, or --font FILE
+    python tools/eval_tiny.py --model tiny-sd
 
 Every held-out (emoji, background) pair is painted once, through the public interface of flux_sd, at the
 default number of steps, all from one seed. The answer is the nearest, by mean squared RGB error, of all
@@ -11,7 +12,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,11 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def paint_all(model: flux_sd.LoadedModel, captions: list[str], seed: int, steps: int | None) -> Tensor:
-    """Captions -> [B,3,H,W], each from the same seed"""
+def paint_all(model: flux_sd.LoadedModel, captions: list[str], asked: GenerationRequest) -> Tensor:
+    """Captions -> [B,3,H,W], each painted as asked, from the same seed"""
     painted = []
     for caption in captions:
-        request = GenerationRequest(prompt=caption, seed=seed, steps=steps)
+        request = replace(asked, prompt=caption)
         painted.append(to_pixels(model.generate(request)[0].image))
         if len(painted) % 50 == 0:
             print(f"{len(painted)} of {len(captions)} painted", file=sys.stderr, flush=True)
@@ -70,13 +71,11 @@ def autoencoder_quality(model: flux_sd.LoadedModel, pictures: Pictures, chosen: 
     return torch.cat(found)
 
 
-def evaluate(
-    model: flux_sd.LoadedModel, pictures: Pictures, seed: int, steps: int | None, every: int
-) -> Report:
+def evaluate(model: flux_sd.LoadedModel, pictures: Pictures, asked: GenerationRequest, every: int) -> Report:
     """Paint, recognise, reconstruct; `every` n-th held-out pair is taken (1 is all)."""
     captions = Captions.of(pictures.names)
     kept = torch.tensor(pairs(pictures.names, held_out=True))[::every]
-    painted = paint_all(model, [captions.canonical(int(i), int(j)) for i, j in kept], seed, steps)
+    painted = paint_all(model, [captions.canonical(int(i), int(j)) for i, j in kept], asked)
     emoji, background = nearest(pictures, painted)
     colours = list(BACKGROUNDS)
     failures: dict[str, list[str]] = defaultdict(list)
@@ -88,8 +87,8 @@ def evaluate(
     quality = autoencoder_quality(model, pictures, kept)
     return Report(
         pairs=len(kept),
-        seed=seed,
-        steps=steps or 4,
+        seed=asked.seed or 0,
+        steps=asked.steps or model.defaults.steps or 0,
         emoji=(emoji == kept[:, 0]).float().mean().item(),
         background=(background == kept[:, 1]).float().mean().item(),
         psnr_mean=quality.mean().item(),
@@ -102,23 +101,27 @@ def evaluate(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny-flux", help="tiny-flux or tiny-sd")
     parser.add_argument("--path", type=Path, help="checkpoint folder; default: the one in the package")
     parser.add_argument("--transformer", type=Path, help="this file for the transformer, such as a GGUF file")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf; default: where Debian puts it")
     parser.add_argument("--cache", type=Path, default=Path("tiny_flux_pictures.pt"), help="rendered pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="default: the model's, 4")
+    parser.add_argument("--steps", type=int, help="default: the model's")
+    parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--every", type=int, default=1, help="take each n-th held-out pair only")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     arguments = parser.parse_args()
     pictures = render(arguments.font, arguments.cache)
+    version = flux_sd.SDVersion.parse(arguments.model)
     folder = arguments.path
     if arguments.transformer is not None and folder is None:  # the other parts, which then have to be named
-        folder = embedded_folder(flux_sd.SDVersion.TINY_FLUX.info)
-    with flux_sd.load_model(
-        "tiny-flux", folder, transformer=arguments.transformer, keep_loaded=True
-    ) as model:
-        report = evaluate(model, pictures, arguments.seed, arguments.steps, arguments.every)
+        folder = embedded_folder(version.info)
+    asked = GenerationRequest(
+        prompt="", seed=arguments.seed, steps=arguments.steps, guidance=arguments.guidance
+    )
+    with flux_sd.load_model(version, folder, transformer=arguments.transformer, keep_loaded=True) as model:
+        report = evaluate(model, pictures, asked, arguments.every)
     if arguments.json:
         print(json.dumps(asdict(report), indent=2))
         return
