@@ -13,7 +13,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import RequestError
-from .model_files import LAYOUTS, Layout, differences, find_scheduler, listed, one_checkpoint, search
+from .model_files import FLUX, LAYOUTS, Layout, differences, find_scheduler, listed, one_checkpoint, search
 from .sd_loader import config_beside, read_json, told_prediction
 from .sniff import OTHER, Found, sniff
 from .versions import SdConfigs, SDVersion
@@ -45,7 +45,10 @@ def detect_version(given: Mapping[str, Path], prediction: str | None = None) -> 
             raise RequestError(f"{checkpoint.label} is {part}, which no model that is built takes")
         if len(fitting) > 1:
             file = find_scheduler(given, _folder(given), layout)
-            fitting = _narrowed(fitting, _companions(file, path, checkpoint, prediction))
+            asked = (
+                _companions(file, path, checkpoint, prediction) if fitting[0].info.sd else _pipeline(given)
+            )
+            fitting = _narrowed(fitting, asked)
     if len(fitting) > 1:
         keys = " and ".join(version.info.key for version in fitting)
         raise RequestError(
@@ -98,6 +101,18 @@ def _fits(part: Found, version: SDVersion, layout: Layout) -> bool:
 def _folder(given: Mapping[str, Path]) -> Path | None:
     source = given.get("path")
     return source if source is None or source.is_dir() else source.parent
+
+
+def _pipeline(given: Mapping[str, Path]) -> list[Callable[[SDVersion], bool | None]]:
+    """What model_index.json says of a transformer in its folder, as questions to FLUX versions; then who
+    shares tensors steps back."""
+    folder = None if FLUX.denoiser in given else _folder(given)
+    file = None if folder is None else folder / "model_index.json"
+    told = read_json(file).get("_class_name") if file is not None and file.is_file() else None
+    return [
+        lambda version: _agrees(told, version.info.pipeline),
+        lambda version: False if version.info.shares_tensors else None,
+    ]
 
 
 def _companions(

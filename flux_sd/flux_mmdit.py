@@ -57,6 +57,16 @@ class FluxConfig:
         return replace(cls.dev(), guidance_embed=False)
 
     @classmethod
+    def fill(cls) -> FluxConfig:
+        """FLUX.1-Fill-dev: dev that also reads a masked picture (64 channels) and its mask (256)."""
+        return replace(cls.dev(), in_channels=384)
+
+    @classmethod
+    def control(cls) -> FluxConfig:
+        """FLUX.1-Canny-dev and FLUX.1-Depth-dev: dev that also reads a picture of lines or depths."""
+        return replace(cls.dev(), in_channels=128)
+
+    @classmethod
     def tiny_flux(cls) -> FluxConfig:
         """The embedded model's."""
         return cls(64, 256, 256, 256, 4.0, 4, 2, 4, (16, 24, 24), 10_000, True, False)

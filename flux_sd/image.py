@@ -117,13 +117,16 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(((levels.astype(np.uint32) * 255 + MAX_LEVEL // 2) // MAX_LEVEL).astype(np.uint8))
 
 
-def fit_picture(picture: Image.Image, width: int, height: int, rule: str = "refuse") -> Image.Image:
+def fit_picture(
+    picture: Image.Image, width: int, height: int, rule: str = "refuse", what: str = "the picture"
+) -> Image.Image:
     """The picture as 8-bit RGB of width x height pixels: as it is, or resized (Lanczos).
 
     Where the proportions differ by a pixel or more of the result, `rule` decides: "refuse" raises
     RequestError, "crop" cuts the same from both sides of what is too long, "stretch" distorts.
+    what: how the error calls the picture.
     """
-    return _fit(to_rgb(picture), width, height, rule, Image.Resampling.LANCZOS, "the picture")
+    return _fit(to_rgb(picture), width, height, rule, Image.Resampling.LANCZOS, what)
 
 
 def mask_of(picture: Image.Image, width: int, height: int, rule: str = "refuse") -> Tensor:

@@ -303,7 +303,8 @@ def _misfit(role: str, info: VersionInfo, label: str, part: Found, complete: boo
     if not wrong:
         return None
     others = [version.info for version in SDVersion if _has(version.info, role, part.component)]
-    fits = [o.key for o in others if not differences(part, config_of(role, o), complete)]
+    fitting = [other for other in others if not differences(part, config_of(role, other), complete)]
+    fits = [o.key for o in fitting if not o.shares_tensors] or [o.key for o in fitting]
     named = any(
         fact.of == part.component
         and any(isinstance(fact.when.get(size), int) for size in wrong)

@@ -39,9 +39,13 @@ class GenerationRequest:
     schedule: str | None = None  # how its noise levels are spaced, such as "karras"
     init_image: Image | None = None  # to begin from in place of pure noise
     mask: Image | None = None  # white: repaint; black: keep
-    strength: float | None = None  # 0..1, how much of the way from pure noise is run on `init_image`
+    # 0..1, how much of the way from pure noise is run on `init_image`. FLUX: its share of noise at the start,
+    # the first sigma; Stable Diffusion: the share of the steps that are run.
+    strength: float | None = None
     fit: str | None = None  # "crop" or "stretch" an `init_image` of other proportions; None: "refuse" it
     composite: bool | None = None  # pixels outside the mask are those of `init_image`; None: yes
+    control_image: Image | None = None  # lines or depths to follow, made already; for models that read one
+    reference: Image | None = None  # what the prompt is about to change; for models that read one
     # The autoencoder in tiles, for less memory; they overlap by a row and need no blending, see
     # `flux_sd.vae_tiling`. None: where memory asks for it.
     vae_tiling: bool | None = None

@@ -1,16 +1,10 @@
-"""What a request means to a Stable Diffusion version: every choice made, or refused by name. Floor 5.
+"""What a request means to a Stable Diffusion version: every choice made, or refused by name. Floor 6.
 
-No file is read, so that this comes before any download. The rules for a picture to begin from:
-
-- its size is painted, unless the request gives one; with `fit` crop or stretch, down to the next multiples;
-- it is resized where its proportions are those of the size, and a note says so; where they are not, `fit`
-  decides: refuse (the default), crop, stretch;
-- a mask has its proportions, at any size, and is fitted alike, so that both lie over each other; white is
-  repainted, black is kept;
-- strength picks the first step: the last int(steps * strength) of the steps are run, from the picture noised
-  to the level of the first of them. 0 runs none, and the picture only goes through the autoencoder. 1 runs
-  all, from noise alone, and nothing of the picture is left but what a mask keeps. (diffusers leaves a trace
-  of it there, where no mask is given.)
+No file is read, so that this comes before any download. The rules for a picture to begin from stand in
+`canvas.py`. Its strength picks the first step: the last int(steps * strength) of the steps are run, from the
+picture noised to the level of the first of them. 0 runs none, and the picture only goes through the
+autoencoder. 1 runs all, from noise alone, and nothing of the picture is left but what a mask keeps.
+(diffusers leaves a trace of it there, where no mask is given.)
 """
 
 from __future__ import annotations
@@ -18,27 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import image
+from .canvas import UNUSED_PICTURE, fit_canvas, strength_of
 from .errors import RequestError
 from .numerics import Numerics
 from .request import GenerationRequest
 from .schedulers import SCHEDULES, check_pair
 from .schedulers.sampler import METHODS
-from .steps import MAX_BATCH, MAX_SIDE, check_latents, check_ranges, check_size, choose_seed, refuse_fields
+from .steps import MAX_BATCH, check_latents, check_ranges, choose_seed, refuse_fields
 from .versions import SdConfigs, VersionInfo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_STEPS = 1000
-# How much of the way is run on a picture where the request does not say: all of it where a mask says what to
-# keep.
-STRENGTH, MASKED_STRENGTH = 0.8, 1.0
-UNUSED_PICTURE = "strength 1 begins with noise alone: of init_image only the size is used"
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class SdPlan:
 def plan_sd(info: VersionInfo, request: GenerationRequest, numerics: Numerics) -> SdPlan:
     """Fills in the version's defaults and refuses what it cannot do, reading no file. Raises RequestError."""
     refuse_fields(info, request, ("t5_length",))
-    strength, canvas = _strength(request), _canvas(info, request)
+    strength, canvas = strength_of(request), fit_canvas(info, request, configs_of(info).vae.downsampling)
     sampler, schedule = _pair(info, request, numerics)
     plan = SdPlan(
         prompt=request.prompt,
@@ -113,80 +103,6 @@ def configs_of(info: VersionInfo) -> SdConfigs:
     """The networks of a Stable Diffusion version."""
     assert info.sd is not None, f"{info.key} is no Stable Diffusion version"
     return info.sd
-
-
-class Canvas(NamedTuple):
-    """What is painted on."""
-
-    width: int
-    height: int
-    picture: Image | None  # 8-bit RGB of width x height
-    mask: Tensor | None  # [1,H,W]
-    hashes: Mapping[str, str]
-    notes: tuple[str, ...]
-
-
-def _canvas(info: VersionInfo, request: GenerationRequest) -> Canvas:
-    """The size, and picture and mask fitted to it."""
-    _check_pictures(info, request)
-    fit = request.fit or "refuse"
-    picture = None if request.init_image is None else image.to_rgb(request.init_image)
-    width, height = _size(info, request, picture)
-    if picture is None:
-        return Canvas(width, height, None, None, {}, ())
-    hashes, notes, mask = {"init_image": image.pixel_hash(picture)}, [], None
-    if picture.size != (width, height):
-        found = f"init_image is resized from {picture.width}x{picture.height}"
-        notes.append(f"{found} to {width}x{height} pixels")
-    if request.mask is not None:
-        white = image.to_rgb(request.mask, "black")
-        if not image.same_proportions(white.size, picture.size):
-            sizes = f"{white.width}x{white.height} pixels, init_image {picture.width}x{picture.height}"
-            raise RequestError(f"the mask is {sizes}: give one of the same proportions, best the same size")
-        hashes["mask"] = image.pixel_hash(white)
-        mask = image.mask_of(white, width, height, fit)
-        _check_mask(mask, configs_of(info).vae.downsampling)
-    return Canvas(width, height, image.fit_picture(picture, width, height, fit), mask, hashes, tuple(notes))
-
-
-def _check_pictures(info: VersionInfo, request: GenerationRequest) -> None:
-    """Refuses fields that lack another, and an unknown `fit`."""
-    if info.is_inpainting and (request.init_image is None or request.mask is None):
-        lacking = "init_image" if request.init_image is None else "mask"
-        raise RequestError(f"{info.key} repaints a part of a picture and {lacking} is not given: give both")
-    pairs = (("mask", "init_image"), ("strength", "init_image"), ("fit", "init_image"), ("composite", "mask"))
-    for name, needs in pairs:
-        if getattr(request, name) is not None and getattr(request, needs) is None:
-            raise RequestError(f"{name} is given and {needs} is not: give both, or leave {name} out")
-    if request.fit is not None and request.fit not in image.FITS:
-        raise RequestError(f"fit {request.fit!r} is unknown: choose {', '.join(image.FITS)}")
-
-
-def _size(info: VersionInfo, request: GenerationRequest, picture: Image | None) -> tuple[int, int]:
-    """Width and height: the request's, else the picture's, else the version's."""
-    own = (info.width, info.height) if picture is None else picture.size
-    if picture is not None and request.fit in ("crop", "stretch"):
-        own = (own[0] // info.multiple * info.multiple, own[1] // info.multiple * info.multiple)
-    width = own[0] if request.width is None else request.width
-    height = own[1] if request.height is None else request.height
-    for name, side in (("width", width), ("height", height)):
-        if side > MAX_SIDE:  # before a picture is made so large
-            raise RequestError(f"{name} {side} is outside 1..{MAX_SIDE}")
-    return check_size(info, width, height, "refuse")
-
-
-def _check_mask(mask: Tensor, cell: int) -> None:
-    """mask [1,H,W]; cell: pixels that one latent position spans, of which the upper left one decides. Raises
-    RequestError for a mask that is too fine."""
-    if not mask[:, ::cell, ::cell].any():
-        found = f"the mask's white parts are smaller than {cell}x{cell} pixels and fall between the latents"
-        raise RequestError(f"{found}, so nothing would be repainted: make them larger")
-
-
-def _strength(request: GenerationRequest) -> float | None:
-    if request.init_image is None or request.strength is not None:
-        return request.strength
-    return STRENGTH if request.mask is None else MASKED_STRENGTH
 
 
 def _steps(info: VersionInfo, request: GenerationRequest, numerics: Numerics, strength: float | None) -> int:

@@ -82,6 +82,20 @@ TINY_FLUX_PREVIEW: RgbMap = (
     (-0.0308, -0.0992, -0.1930),
 )
 
+# Width and height of the pictures that FLUX.1 Kontext was trained on, as its authors list them
+# (black-forest-labs/flux `util.py`).
+_NARROW = (
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
+)
+KONTEXT_SIZES = (*_NARROW, (1024, 1024), *((height, width) for width, height in reversed(_NARROW)))
+
 # The FLUX repositories hold the transformer twice (one file, and diffusers shards) and the autoencoder too.
 FLUX_TEXT_FILES: HubFiles = {
     "clip": (("text_encoder/config.json", "text_encoder/model.safetensors"),),
@@ -185,7 +199,13 @@ class VersionInfo:
     # What "auto" means on every device, where the model decides and not the device.
     auto_dtype: str | None = None
     is_xl: bool = False
-    is_inpainting: bool = False
+    is_inpainting: bool = False  # repaints a part of a picture: reads its mask and what is around it
+    takes_control: bool = False  # follows lines or depths: reads `control_image`
+    takes_reference: bool = False  # changes a picture as the prompt says: reads `reference`
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # width, height that `reference` is resized to one of
+    variant: str | None = None  # what `--variant` calls it
+    shares_tensors: bool = False  # with another version, which is meant where neither name nor config says
+    pipeline: str | None = None  # the class that the repository's model_index.json names
 
     @property
     def built(self) -> bool:
@@ -235,7 +255,53 @@ FLUX_DEV = VersionInfo(
     shift=True,
     flux=FluxConfigs.released(FluxConfig.dev()),
     preview=FLUX_PREVIEW,
+    pipeline="FluxPipeline",
 )
+
+
+def _variant(name: str, **changes: Any) -> VersionInfo:
+    """A model of the dev family, from the repository that its authors gave it."""
+    title = f"{name.capitalize()}-dev"
+    defaults: dict[str, Any] = {
+        "key": f"flux-{name}",
+        "title": f"FLUX.1 {name.capitalize()} dev",
+        "variant": name,
+        "repo": f"black-forest-labs/FLUX.1-{title}",
+        "hub_files": _flux_files(f"flux1-{name}-dev.safetensors"),
+        "aliases": (f"flux1{name}", f"flux1{name}dev", f"flux{name}dev", f"{name}dev", f"fluxdev{name}"),
+    }
+    return replace(FLUX_DEV, **defaults | changes)
+
+
+# Steps and guidance are those of the authors' programs (black-forest-labs/flux `cli_fill.py`,
+# `cli_control.py`, `cli_kontext.py`), and of Krea those of its model card.
+FLUX_FILL = _variant(
+    "fill",
+    guidance=30.0,
+    parameters={"transformer": 11_902_391_360, **FLUX_ENCODERS},
+    flux=FluxConfigs.released(FluxConfig.fill()),
+    is_inpainting=True,
+    pipeline="FluxFillPipeline",
+)
+CONTROL: Mapping[str, Any] = {
+    "parameters": {"transformer": 11_901_604_928, **FLUX_ENCODERS},
+    "flux": FluxConfigs.released(FluxConfig.control()),
+    "takes_control": True,
+    "pipeline": "FluxControlPipeline",
+}
+FLUX_CANNY = _variant("canny", guidance=30.0, **CONTROL)
+FLUX_DEPTH = _variant("depth", guidance=10.0, **CONTROL)
+FLUX_KONTEXT = _variant(
+    "kontext",
+    steps=30,
+    guidance=2.5,
+    takes_reference=True,
+    reference_sizes=KONTEXT_SIZES,
+    shares_tensors=True,
+    pipeline="FluxKontextPipeline",
+)
+FLUX_KREA = _variant("krea", steps=28, guidance=4.5, shares_tensors=True)
+
 TINY_FLUX = VersionInfo(
     key="tiny-flux",
     title="tiny-flux (ships in this package)",
@@ -439,6 +505,11 @@ class SDVersion(Enum):
     TINY_SD = TINY_SD
     FLUX_SCHNELL = FLUX_SCHNELL
     FLUX_DEV = FLUX_DEV
+    FLUX_FILL = FLUX_FILL
+    FLUX_CANNY = FLUX_CANNY
+    FLUX_DEPTH = FLUX_DEPTH
+    FLUX_KONTEXT = FLUX_KONTEXT
+    FLUX_KREA = FLUX_KREA
     SD15 = SD15
     SD21 = SD21
     SD21_BASE = SD21_BASE
@@ -460,6 +531,14 @@ class SDVersion(Enum):
         near = difflib.get_close_matches(wanted, spellings, n=1, cutoff=0.6)
         hint = f"did you mean {spellings[near[0]].info.key}? " if near else ""
         raise UnknownVersionError(f"model {text!r} is unknown: {hint}known are {', '.join(keys)}")
+
+    @classmethod
+    def of_variant(cls, variant: str) -> SDVersion:
+        """The model that `--variant` means: "fill" is flux-fill. Raises UnknownVersionError."""
+        known = {version.info.variant: version for version in cls if version.info.variant is not None}
+        if variant not in known:
+            raise UnknownVersionError(f"variant {variant!r} is unknown: choose {', '.join(known)}")
+        return known[variant]
 
     @property
     def info(self) -> VersionInfo:
