@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .flux_generation import plan_flux
+from .flux_editing import to_encode
+from .flux_generation import FluxPlan, plan_flux, times_of
 from .model_files import layout_of
 from .numerics import Numerics
 from .request import GenerationRequest
@@ -55,19 +56,26 @@ def outline(info: VersionInfo, request: GenerationRequest, numerics: Numerics) -
 
 def _flux(info: VersionInfo, request: GenerationRequest, numerics: Numerics) -> Outline:
     plan = plan_flux(info, request, numerics)
-    made: Outline = [
-        Taps(("clip.ids", "t5.ids")),
-        Call("clip", "clip."),
-        Call("t5", "t5."),
-        Taps(("clip.pooled", "t5.hidden", "noise", "packed", "timesteps")),
-    ]
-    for step in range(plan.steps):
+    made: Outline = [Taps(("clip.ids", "t5.ids")), *_flux_pictures(info, plan)]
+    total = len(times_of(info, plan)) - 1
+    if total > 0:
+        made += [Call("clip", "clip."), Call("t5", "t5.")]
+        made += [Taps(("clip.pooled", "t5.hidden", "noise", "packed", "timesteps"))]
+    for step in range(total):
         made += [
             Taps((f"step.{step}.latents",)),
             _transformer_call(info, step),
             Taps((f"step.{step}.velocity",)),
         ]
     return made + _decoded(request)
+
+
+def _flux_pictures(info: VersionInfo, plan: FluxPlan) -> Outline:
+    """What goes through the encoder of the autoencoder."""
+    wanted = to_encode(info, plan.canvas, plan.strength)
+    kinds = [name.removesuffix("latents") for name in wanted]
+    calls = [] if plan.vae_tiling else [Call("vae", f"{kind}vae.", ENCODER) for kind in kinds]
+    return [Taps(tuple(f"{kind}image" for kind in kinds)), *calls, Taps(tuple(wanted))] if wanted else []
 
 
 def _transformer_call(info: VersionInfo, step: int) -> Call:

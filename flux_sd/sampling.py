@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,19 +38,40 @@ class State:
     txt: Tensor  # [B, L, T5 width]
     txt_ids: Tensor  # [B, L, 3] zeros
     vec: Tensor  # [B, CLIP width]
+    # What editing models read besides: see flux_editing.py.
+    channels: Tensor | None = None  # [B, S, 64 or 320] more channels of each image token
+    more: Tensor | None = None  # [B, R, 64] tokens behind those of the image
+    more_ids: Tensor | None = None  # [B, R, 3] float32
 
     @classmethod
     def new(cls, txt: Tensor, vec: Tensor, latents: Tensor) -> State:
         """txt [1 or B, L, C], vec [1 or B, C], latents [B, 16, H/8, W/8] -> State of batch B."""
-        batch, _, rows, columns = latents.shape
-        img = pack(latents)
-        ids = torch.zeros(rows // 2, columns // 2, 3)
-        ids[..., 1] = torch.arange(rows // 2)[:, None]
-        ids[..., 2] = torch.arange(columns // 2)[None, :]
-        img_ids = ids.reshape(1, -1, 3).expand(batch, -1, -1).to(img.device)  # [B,S,3]
+        batch, img = latents.shape[0], pack(latents)
+        img_ids = positions(latents).expand(batch, -1, -1)  # [B,S,3]
         txt = txt.expand(batch, -1, -1)
         vec = vec.expand(batch, -1)
         return cls(img, img_ids, txt, torch.zeros(batch, txt.shape[1], 3, device=img.device), vec)
+
+    def seen(self, img: Tensor) -> Tensor:
+        """Latents img [B,S,64] of some step -> what the transformer reads as its first argument, in img's
+        dtype: [B,S+R,64], with `channels` more of them in the last place."""
+        if self.channels is not None:
+            img = torch.cat([img, self.channels.to(img.dtype)], dim=2)
+        return img if self.more is None else torch.cat([img, self.more.to(img.dtype)], dim=1)
+
+    def seen_ids(self) -> Tensor:
+        """The positions of what `seen` returns."""
+        return self.img_ids if self.more_ids is None else torch.cat([self.img_ids, self.more_ids], dim=1)
+
+
+def positions(latents: Tensor, index: int = 0) -> Tensor:
+    """latents [B,C,2h,2w] -> ids [1,h*w,3] float32 on their device: index (what is painted has 0), row and
+    column."""
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    ids = torch.full((rows, columns, 3), float(index))
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(1, -1, 3).to(latents.device)
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -89,6 +110,15 @@ def shift_time(mu: float, t: float) -> float:
     return 0.0 if t == 0.0 else math.exp(mu) / (math.exp(mu) + (1.0 / t - 1.0))
 
 
+def begin_at(times: Sequence[float], start: float) -> list[float]:
+    """The rest of a schedule from time `start` on: `start` itself, then every time below it.
+
+    The first step is a part of one, so that any start in 0..1 is met, and not the nearest step. A step of
+    less than a millionth is left out. 0 leaves no step, 1 all.
+    """
+    return [start, *(t for t in times if t < start - 1e-6)] if start < times[0] else list(times)
+
+
 @dataclass(frozen=True)
 class FlowStep:
     """One Euler step, still packed."""
@@ -107,12 +137,15 @@ def denoise(
     times: Sequence[float],
     guidance: float | None,
     latents_dtype: Literal["float32", "model"] = "float32",
+    keep: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Iterator[FlowStep]:
     """Euler's method along `times` (from get_schedule). Yields after each step; stop iterating to stop.
 
     guidance None: the model has no guidance embedding. The transformer runs in the dtype of state.txt. The
     latents are carried in float32, or with latents_dtype "model" in that dtype too, which rounds each step's
     size and each sum to it, as Candle does; what is yielded is float32 either way.
+
+    keep: what becomes of the latents [B, S, 64] after each step, given them and the time then.
     """
     dtype = state.txt.dtype
     carried = dtype if latents_dtype == "model" else torch.float32
@@ -121,8 +154,12 @@ def denoise(
     scale = None if guidance is None else ones * guidance
     for index, (now, after) in enumerate(itertools.pairwise(times)):
         t = ones * now
-        velocity = model(img.to(dtype), state.img_ids, state.txt, state.txt_ids, t, state.vec, scale)
+        seen = state.seen(img.to(dtype))
+        velocity = model(seen, state.seen_ids(), state.txt, state.txt_ids, t, state.vec, scale)
+        velocity = velocity[:, : img.shape[1]]  # of `more` nothing is predicted
         x0 = img.float() - velocity.float() * now
         step = torch.tensor(after - now, dtype=carried, device=img.device)
         img = img + velocity.to(carried) * step
+        if keep is not None:
+            img = keep(img, after).to(carried)
         yield FlowStep(index, after, velocity.float(), img.float(), x0)

@@ -6,6 +6,7 @@ Events, recorded tensors, decoding and the record in the picture are the same fo
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,15 +73,23 @@ class Stages:
         return batch if together else 1
 
     def check_room(
-        self, size: tuple[int, int], text_length: int, images: Mapping[str, int], tiling: bool | None
+        self,
+        size: tuple[int, int],
+        text_length: int,
+        images: Mapping[str, int],
+        tiling: bool | None,
+        reference: tuple[int, int] = (0, 0),
     ) -> None:
         """Decides whether the autoencoder runs in tiles, see `choose_tiles`. Raises NotEnoughMemoryError for
         a request that does not fit.
 
-        size: width and height in pixels; images: by role, how many a network sees at once.
+        size: width and height in pixels; images: by role, how many a network sees at once; reference: size
+        of a picture that the autoencoder sees alone, and the transformer beside what is painted.
         """
-        known = {"vae": self.choose_tiles(size, images["vae"], tiling)}
-        self.components.check_room(size[0] * size[1], text_length, images, known)
+        largest = max(size, reference, key=math.prod)
+        known = {"vae": self.choose_tiles(largest, images["vae"], tiling)}
+        pixels = math.prod(size) + math.prod(reference)
+        self.components.check_room(pixels, text_length, images, known)
 
     def choose_tiles(self, size: tuple[int, int], images: int, tiling: bool | None) -> int:
         """Decides whether the autoencoder runs in tiles: as asked, or (`tiling` None) where whole it would

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,9 +86,15 @@ def networks(info: VersionInfo, seed: int = 0) -> dict[str, nn.Module]:
     }
 
 
-def write_folder(folder: Path, info: VersionInfo, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A BFL-layout folder with random weights and the small tokenizers."""
-    for role, network in networks(info, seed).items():
+def write_folder(
+    folder: Path,
+    info: VersionInfo,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    made: Mapping[str, nn.Module] | None = None,
+) -> Path:
+    """A BFL-layout folder with random weights, or those of the networks `made`, and the small tokenizers."""
+    for role, network in (networks(info, seed) if made is None else made).items():
         file = folder / FILES[role]
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().to(dtype) for name, p in network.named_parameters()}, file)
@@ -96,6 +103,16 @@ def write_folder(folder: Path, info: VersionInfo, seed: int = 0, dtype: torch.dt
     shutil.copytree(TOKENIZERS / "clip", folder / "tokenizer")
     shutil.copytree(TOKENIZERS / "t5", folder / "tokenizer_2")
     return folder
+
+
+def editing_info(key: str) -> VersionInfo:
+    """The row of a released FLUX version with small networks of its kind, 64 x 48 pixels, three steps."""
+    row = SDVersion.parse(key).info
+    small = small_info(guidance=row.guidance is not None)
+    assert row.flux is not None and small.flux is not None
+    wide = replace(small.flux.transformer, in_channels=row.flux.transformer.in_channels)
+    flux = replace(small.flux, transformer=wide)
+    return replace(row, flux=flux, width=64, height=48, steps=3, t5_length=8, auto_dtype="float32")
 
 
 def open_model(
