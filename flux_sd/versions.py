@@ -204,6 +204,7 @@ class VersionInfo:
     takes_reference: bool = False  # changes a picture as the prompt says: reads `reference`
     reference_sizes: tuple[tuple[int, int], ...] = ()  # width, height that `reference` is resized to one of
     variant: str | None = None  # what `--variant` calls it
+    variant_of: str | None = None  # the key of the version that it is one of
     shares_tensors: bool = False  # with another version, which is meant where neither name nor config says
     pipeline: str | None = None  # the class that the repository's model_index.json names
 
@@ -266,6 +267,7 @@ def _variant(name: str, **changes: Any) -> VersionInfo:
         "key": f"flux-{name}",
         "title": f"FLUX.1 {name.capitalize()} dev",
         "variant": name,
+        "variant_of": FLUX_DEV.key,
         "repo": f"black-forest-labs/FLUX.1-{title}",
         "hub_files": _flux_files(f"flux1-{name}-dev.safetensors"),
         "aliases": (f"flux1{name}", f"flux1{name}dev", f"flux{name}dev", f"{name}dev", f"fluxdev{name}"),

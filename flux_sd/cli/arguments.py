@@ -49,7 +49,7 @@ SPELLINGS = {"t5_length": "--t5-len"}
 FIELDS = (
     "width", "height", "steps", "guidance", "seed", "batch", "batched", "preview_every", "negative_prompt",
     "guidance_rescale", "sampler", "schedule", "init_image", "mask", "strength", "composite", "fit",
-    "vae_tiling", "strict_prompt", "prediction", "device", "dtype", *SPELLINGS,
+    "control_image", "reference", "vae_tiling", "strict_prompt", "prediction", "device", "dtype", *SPELLINGS,
 )  # fmt: skip
 
 
@@ -103,19 +103,27 @@ SAMPLERS = ("ddim", "ddpm", "euler", "euler_ancestral", "dpm++_2m", "uni_pc", "l
 SCHEDULES = (
     "leading", "trailing", "linspace", "simple", "sgm_uniform", "ddim_uniform", "karras", "exponential",
 )  # fmt: skip
+VARIANTS = ("fill", "canny", "depth", "kontext", "krea")
+ORIGINALS = {
+    "init_image": "the picture to begin from",
+    "mask": "white, repaint; black or transparent, keep",
+    "control_image": "lines or depths to follow, made already (flux-canny, flux-depth)",
+    "reference": "a picture that the text says what to change of (flux-kontext)",
+}
 PICTURES = """The picture is painted over; --strength says how much. Its own size is painted unless --size
 gives another: then it is resized where the proportions are the same, and refused where they are not, unless
---fit says what to do. A mask has the picture's proportions and is fitted alike. The inpainting models need a
-picture and a mask; the others can use a mask too."""
+--fit says what to do; so is a control picture, whose lines or depths are not computed here. A mask has the
+picture's proportions and is fitted alike. The inpainting models need a picture and a mask; the others can use
+a mask too. A reference is resized to a size of the model's own, near to its proportions."""
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """What one picture is to be: the fields of a request that every command which paints has."""
     _add_general(parser.add_argument_group("the picture (where no default is named, it is the model's own)"))
     _add_diffusion(parser.add_argument_group("Stable Diffusion (sd15, sd21, sdxl and kin, tiny-sd)"))
-    title = "beginning from a picture (Stable Diffusion)"
+    title = "beginning from a picture, repainting, following or changing one"
     _add_originals(parser.add_argument_group(title, PICTURES))
-    add = parser.add_argument_group("FLUX (flux-schnell, flux-dev, tiny-flux)").add_argument
+    add = parser.add_argument_group("FLUX (flux-schnell, flux-dev and kin, tiny-flux)").add_argument
     add("--t5-len", type=whole, metavar="N", help="length of the T5 text input in tokens")
 
 
@@ -146,8 +154,9 @@ def _add_originals(group: Any) -> None:
     add = group.add_argument
     add_originals(add)
     add("--strength", type=float, metavar="X",
-        help="0..1, how much of the way from pure noise is run: 0.3 keeps much of the picture, 1 nothing but "
-        "what a mask keeps (default: 0.8, with a mask 1)")  # fmt: skip
+        help="0..1: 0.3 keeps much of the picture, 1 nothing but what a mask keeps; for FLUX the share of "
+        "noise that the run starts with, its first sigma, for Stable Diffusion the share of the steps that "
+        "are run (default: 0.8, with a mask 1)")  # fmt: skip
     add("--composite", action=argparse.BooleanOptionalAction, default=None,
         help="outside the mask, give back the picture's own pixels (default: yes)")  # fmt: skip
     add("--fit", choices=("refuse", "crop", "stretch"),
@@ -155,10 +164,9 @@ def _add_originals(group: Any) -> None:
 
 
 def add_originals(add: Any, recorded: str = "") -> None:
-    """The two files. `recorded`: what to say of a picture that is painted again."""
-    add("--init-image", type=Path, metavar="FILE", help=recorded or "the picture to begin from")
-    add("--mask", type=Path, metavar="FILE",
-        help=recorded or "white, repaint; black or transparent, keep")  # fmt: skip
+    """The files of pictures. `recorded`: what to say where a picture is painted again."""
+    for name, what in ORIGINALS.items():
+        add(option_of(name), type=Path, metavar="FILE", help=recorded or what)
 
 
 def request_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,8 +180,7 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "height": height,
         "t5_length": args.t5_len,
         "latents": None if args.latents_in is None else read_latents(args.latents_in),
-        "init_image": read_picture(args.init_image),
-        "mask": read_picture(args.mask),
+        **{name: read_picture(getattr(args, name)) for name in ORIGINALS},
     }
     same = (
         "steps", "guidance", "vae_tiling", "negative_prompt", "sampler", "schedule", "guidance_rescale",
@@ -216,6 +223,10 @@ def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -
     add("--prediction", metavar="TYPE",
         help="what a Stable Diffusion UNet predicts, where its files do not say: epsilon, v_prediction "
         f"or sample{' (default: as recorded)' if recorded else ''}")  # fmt: skip
+    if not recorded:
+        add("--variant", choices=VARIANTS,
+            help="which of flux-dev's kin the files are of, where tensors cannot tell; short for --model "
+            "flux-fill, flux-canny, ...")  # fmt: skip
     add("--fill-from", type=Path, metavar="FILE",
         help="where a file lacks tensors, take them from this one, which has the same part")  # fmt: skip
     add("--quantized", action="store_true",
@@ -279,8 +290,22 @@ def chosen_version(args: argparse.Namespace, name: str | None) -> SDVersion:
     """The model called `name`; None is what the files given show, the built-in one where there are none."""
     from ..model_loader import resolve_version
 
+    if getattr(args, "variant", None) is not None:
+        return _variant(args.variant, name)
     given = {role: getattr(args, role) for role in (*COMPONENTS, "path") if getattr(args, role) is not None}
     return resolve_version(name, given, args.prediction)
+
+
+def _variant(variant: str, name: str | None) -> SDVersion:
+    """The variant of FLUX.1 dev that is called so. Raises RequestError where `name` is of another model."""
+    from ..versions import SDVersion
+
+    meant = SDVersion.of_variant(variant)
+    model = meant if name is None else SDVersion.parse(name)
+    if model != meant and model.info.key != meant.info.variant_of:
+        both = f"--variant {variant} is {meant.info.key}, and --model {name} another"
+        raise RequestError(f"{both}: leave one of them out")
+    return meant
 
 
 def option_of(field: str) -> str:

@@ -37,6 +37,10 @@ EPILOG = """examples:
       Stable Diffusion, beginning from a picture, away from what a second text says
   flux-sd generate "a red door" --model sd15-inpaint --init-image house.png --mask door.png
       only what is white in door.png is repainted
+  flux-sd generate "a red door" --model flux-canny --control-image lines.png
+      along the lines of a picture, which another program drew
+  flux-sd generate "make it night" --variant kontext --path ~/kontext --reference house.png
+      a picture changed as the text says
   flux-sd generate "a fox" --unet mine.safetensors --path ~/sd15 --sampler dpm++_2m --schedule karras
       a UNet of your own, with the rest of a model from a folder
 
@@ -285,7 +289,7 @@ def _write(results: list[Result], output: Output, args: argparse.Namespace, cons
 
 def given_files(args: argparse.Namespace) -> dict[str, Path]:
     """The files that a picture began from: a record names them, for whoever paints it again."""
-    given = {"latents": args.latents_in, "init_image": args.init_image, "mask": args.mask}
+    given = {"latents": args.latents_in, **{name: getattr(args, name) for name in arguments.ORIGINALS}}
     return {name: path for name, path in given.items() if path is not None}
 
 

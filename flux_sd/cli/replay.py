@@ -35,7 +35,6 @@ RECORDED = (
     "width", "height", "steps", "guidance", "t5_length", "negative_prompt", "guidance_rescale", "sampler",
     "schedule", "strength", "composite", "fit",
 )  # fmt: skip
-GROUNDS = {"init_image": "white", "mask": "black"}  # under what is transparent, as generation takes it
 NEEDED = {"prompt": str, "model": str, "seed": int, "width": int, "height": int, "steps": int}
 
 
@@ -110,7 +109,7 @@ def _paint_again(
             result = model.generate(request, on_event=bars, cancel=cancel)[0]
     finally:
         bars.close()
-    keys = ("latents_file", "latents_sha256", "init_image_file", "mask_file")
+    keys = ("latents_file", "latents_sha256", *(f"{name}_file" for name in arguments.ORIGINALS))
     result.metadata |= {key: record[key] for key in keys if key in record}
     return result
 
@@ -136,8 +135,7 @@ def _request(args: argparse.Namespace, record: dict[str, Any]) -> GenerationRequ
         prompt=record["prompt"],
         seed=record["seed"],
         latents=_latents(args.latents_in, record),
-        init_image=_original("init_image", args.init_image, record),
-        mask=_original("mask", args.mask, record),
+        **{name: _original(name, getattr(args, name), record) for name in arguments.ORIGINALS},
         vae_tiling=record.get("vae_tiling") or None,  # one that ran whole may need tiles on this machine
         **same,
     )
@@ -159,9 +157,10 @@ def _latents(path: Path | None, record: dict[str, Any]) -> Tensor | None:
 
 
 def _original(name: str, path: Path | None, record: dict[str, Any]) -> Image | None:
-    """The picture or the mask that the record names by the hash of its pixels. Raises RequestError where it
-    is not given, or another."""
+    """The picture that the record names by the hash of its pixels. Raises RequestError where it is not
+    given, or another."""
     from .. import image
+    from ..canvas import GROUNDS
 
     wanted, option = record.get(name), arguments.option_of(name)
     if wanted is None:
@@ -172,7 +171,7 @@ def _original(name: str, path: Path | None, record: dict[str, Any]) -> Image | N
         file = record.get(f"{name}_file", "a file")
         raise RequestError(f"this picture began from the picture in {file}: give it with {option}")
     found = image.open_picture(path)
-    if image.pixel_hash(image.to_rgb(found, GROUNDS[name])) != wanted:
+    if image.pixel_hash(image.to_rgb(found, GROUNDS.get(name, "white"))) != wanted:
         raise RequestError(f"{str(path)!r} is not the {option} that this picture began from: pixels differ")
     return found
 
