@@ -131,13 +131,16 @@ def _request(args: argparse.Namespace, record: dict[str, Any]) -> GenerationRequ
     from ..request import GenerationRequest
 
     same: dict[str, Any] = {name: record.get(name) for name in RECORDED}
+    pictures: dict[str, Any] = {
+        name: _original(name, getattr(args, name), record) for name in arguments.ORIGINALS
+    }
     return GenerationRequest(
         prompt=record["prompt"],
         seed=record["seed"],
         latents=_latents(args.latents_in, record),
-        **{name: _original(name, getattr(args, name), record) for name in arguments.ORIGINALS},
         vae_tiling=record.get("vae_tiling") or None,  # one that ran whole may need tiles on this machine
         **same,
+        **pictures,
     )
 
 
