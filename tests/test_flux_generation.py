@@ -145,8 +145,8 @@ def test_given_latents_replace_the_noise(model: Model) -> None:
         ({"preview_every": 0}, "preview_every 0"),
         ({"negative_prompt": ""}, "negative_prompt is not used by tiny-flux: leave it out"),
         ({"sampler": "euler"}, "sampler is not used by tiny-flux"),
-        ({"strength": 0.5}, "strength is not used by tiny-flux"),
-        ({"fit": "crop"}, "fit is not used by tiny-flux"),
+        ({"strength": 0.5}, "strength is given and init_image is not"),
+        ({"fit": "crop"}, "fit is given and init_image is not"),
         (
             {"latents": torch.zeros(1, 16, 4, 4)},
             r"shape \[1, 16, 4, 4\].*needs floats of shape \[1, 16, 6, 4\]",

@@ -20,6 +20,7 @@ from flux_sd.cli.inspect import SHOWN_METADATA
 from flux_sd.clip import ClipTextConfig
 from flux_sd.unet import UNetConfig
 
+FLUX = ["flux-schnell", "flux-dev", "flux-fill", "flux-canny", "flux-depth", "flux-kontext", "flux-krea"]
 WITH_CLIP_L = ["sd15", "sdxl", "sdxl-turbo", "sd15-inpaint", "sdxl-inpaint"]
 TINY_FLUX = Path(__file__).parent.parent / "flux_sd" / "models" / "tiny_flux"
 
@@ -56,7 +57,8 @@ def test_a_whole_transformer_in_one_table(folder: Path, capsys: pytest.CaptureFi
         "component", "family", "variant", "names", "behind", "tensors", "bytes", "types", "fits"
     ]  # fmt: skip
     assert cells(printed, "flux_mmdit") == [
-        "flux_mmdit", "FLUX.1", "dev family", "bfl", "-", "780", "23.8 GB", "780 BF16", "flux-dev"
+        "flux_mmdit", "FLUX.1", "dev family", "bfl", "-", "780", "23.8 GB", "780 BF16",
+        "flux-dev, flux-kontext, flux-krea",
     ]  # fmt: skip
     assert printed[-2:] == [
         "  metadata: format = pt",
@@ -78,8 +80,8 @@ def test_schnell_fits_schnell_alone_and_the_encoders_fit_both(
         paths.items(), documents(capsys, *(str(path) for path in paths.values())), strict=True
     ):
         (part,) = document["parts"]
-        both = ["flux-schnell", "flux-dev", *WITH_CLIP_L] if role == "clip" else ["flux-schnell", "flux-dev"]
-        assert part["fits"] == (["flux-schnell"] if role == "transformer" else both)
+        every = [*FLUX, *WITH_CLIP_L] if role == "clip" else FLUX
+        assert part["fits"] == (["flux-schnell"] if role == "transformer" else every)
         assert shlex.split(document["advice"])[3:] == ["--model", "flux-schnell", f"--{role}", str(path)]
         assert role in COMPONENTS and part["problems"] == []
 
@@ -104,14 +106,27 @@ def header_bytes(path: Path) -> int:
 def test_what_does_not_fit_is_listed_with_the_nearest_model(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = header.flux("dev") | {"img_in.weight": (3072, 384)}
+    shapes = header.flux("dev") | {"img_in.weight": (3072, 385)}
     shapes.pop("final_layer.linear.bias")
-    path = header.safetensors(folder / "fill.safetensors", shapes)
+    path = header.safetensors(folder / "odd.safetensors", shapes)
     printed = lines(capsys, path.name)
-    assert "Fill (384 input channels)" in "\n".join(printed) and cells(printed, "flux_mmdit")[-1] == "none"
-    assert "  flux_mmdit: 2 problems with flux-dev, the nearest" in printed
+    assert cells(printed, "flux_mmdit")[-1] == "none"
+    assert "  flux_mmdit: 2 problems with flux-dev, flux-kontext, flux-krea, the nearest" in printed
     assert "    missing: final_layer.linear.bias" in printed
     assert not any("use it" in line for line in printed)
+
+
+@pytest.mark.parametrize(
+    ("channels", "variant", "fits"),
+    [(384, "Fill (384", ["flux-fill"]), (128, "Canny or Depth (128", ["flux-canny", "flux-depth"])],
+)
+def test_editing_models_are_told_by_their_input(
+    channels: int, variant: str, fits: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header.safetensors(folder / "x.safetensors", header.flux("dev", in_channels=channels))
+    (document,) = documents(capsys, "x.safetensors")
+    assert document["parts"][0]["fits"] == fits
+    assert document["parts"][0]["variant"] == f"dev family, {variant} input channels)"
 
 
 def test_many_problems_are_cut_and_json_has_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,11 +247,7 @@ def test_shards_are_one_checkpoint(folder: Path, capsys: pytest.CaptureFixture[s
     for file, part in halves.items():
         header.safetensors(folder / "text_encoder" / file, dict(part))
     (document,) = documents(capsys, "text_encoder")
-    assert document["files"] == 2 and document["parts"][0]["fits"] == [
-        "flux-schnell",
-        "flux-dev",
-        *WITH_CLIP_L,
-    ]
+    assert document["files"] == 2 and document["parts"][0]["fits"] == [*FLUX, *WITH_CLIP_L]
 
 
 def test_a_damaged_file_in_a_folder_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

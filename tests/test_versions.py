@@ -14,6 +14,11 @@ from flux_sd.versions import SDVersion
 SPELLINGS = {
     SDVersion.FLUX_SCHNELL: "flux-schnell FLUX.1-schnell flux1-schnell schnell any-owner/FLUX.1-schnell",
     SDVersion.FLUX_DEV: "flux-dev FLUX.1-dev flux1-dev flux.1.dev dev Flux_Dev black-forest-labs/FLUX.1-dev",
+    SDVersion.FLUX_FILL: "flux-fill FLUX.1-Fill-dev flux1-fill-dev flux-dev-fill Flux_Fill",
+    SDVersion.FLUX_CANNY: "flux-canny black-forest-labs/FLUX.1-Canny-dev flux1-canny-dev flux-dev-canny",
+    SDVersion.FLUX_DEPTH: "flux-depth black-forest-labs/FLUX.1-Depth-dev flux1-depth-dev flux-dev-depth",
+    SDVersion.FLUX_KONTEXT: "flux-kontext FLUX.1-Kontext-dev flux1-kontext-dev flux-dev-kontext kontext-dev",
+    SDVersion.FLUX_KREA: "flux-krea FLUX.1-Krea-dev flux1-krea-dev flux-dev-krea krea-dev",
     SDVersion.SD15: "sd15 SD1.5 sd-1.5 v1-5 stable-diffusion-v1-5 stable-diffusion-1.5",
     SDVersion.SD21: "sd21 sd2.1 v2-1 stable-diffusion-2-1 stabilityai/stable-diffusion-2-1 sd2",
     SDVersion.SD21_BASE: "sd21-base sd2.1-base v2-1-base stabilityai/stable-diffusion-2-1-base sd2-base",
@@ -52,8 +57,12 @@ def test_a_near_miss_is_named() -> None:
 
 
 def test_families() -> None:
-    assert [v.info.key for v in SDVersion if v.is_flux] == ["tiny-flux", "flux-schnell", "flux-dev"]
+    assert [v.info.key for v in SDVersion if v.is_flux] == [
+        "tiny-flux", "flux-schnell", "flux-dev", "flux-fill", "flux-canny", "flux-depth", "flux-kontext",
+        "flux-krea",
+    ]  # fmt: skip
     assert [v.info.key for v in SDVersion if v.is_inpainting] == [
+        "flux-fill",
         "sd15-inpaint",
         "sd2-inpaint",
         "sdxl-inpaint",

@@ -39,11 +39,14 @@ TASKS = {
     "text": GenerationRequest(""),
     "picture": GenerationRequest("", init_image=PICTURE),
     "inpaint": GenerationRequest("", init_image=PICTURE, mask=MASK),
+    "control": GenerationRequest("", control_image=PICTURE),
+    "reference": GenerationRequest("", reference=PICTURE),
 }
 FLUX_SAMPLER = "flow Euler"
 # Dialect of a denoiser -> the column it fills.
 COLUMNS = {"diffusers": "diffusers", "bfl": "single", "ldm_sd": "single", "ldm_xl": "single"}
 SD, HERE = "tests/test_sd_generation.py", "tests/test_versions_table.py"
+FLUX = "tests/test_flux_pictures.py"
 # (family, what is claimed) -> the test that covers it, with the version's key where it takes one.
 EVIDENCE = {
     ("sd", "diffusers"): "tests/test_sd_maps.py::test_a_diffusers_folder_loads_without_a_problem[{key}]",
@@ -57,6 +60,11 @@ EVIDENCE = {
     ("flux", "single"): f"{HERE}::test_a_transformer_of_the_real_shapes_loads[{{key}}-bfl]",
     ("flux", "gguf"): f"{HERE}::test_a_gguf_of_the_real_shapes_loads[{{key}}]",
     ("flux", "text"): "tests/test_flux_generation.py::test_a_picture_of_the_asked_size_and_its_record",
+    ("flux", "picture"): f"{FLUX}::test_strength_0_is_the_autoencoder_alone_and_strength_1_is_without_the_"
+    "picture[{key}]",
+    ("flux", "inpaint"): f"{FLUX}::test_what_the_mask_keeps_comes_back_byte_for_byte[{{key}}]",
+    ("flux", "control"): f"{FLUX}::test_a_control_picture_is_followed[{{key}}]",
+    ("flux", "reference"): f"{FLUX}::test_a_reference_is_looked_at[{{key}}]",
     ("flux", FLUX_SAMPLER): "tests/test_oracle.py::test_schedules_agree",
 }  # fmt: skip
 # What a sampler computes, and that a picture comes of it; that a version takes it, the table's own test asks.
