@@ -11,12 +11,12 @@ import hashlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +34,39 @@ from .weight_map import identify
 
 Watcher = Callable[[str, nn.Module], None]  # role, network
 Tokenizer = ClipTokenizer | T5Tokenizer
+
+
+class Changes(Protocol):
+    """What is done to networks after they were read from their files: adapters, see `lora/`."""
+
+    @property
+    def roles(self) -> Collection[str]:
+        """The networks that are changed."""
+        ...
+
+    def apply(self, role: str, module: nn.Module, on_tensor: Callable[[int, int], None]) -> None:
+        """Changes a network that was just filled."""
+        ...
+
+    def inputs(self, role: str) -> int | None:
+        """How many input channels a network has then, where that changes."""
+        ...
+
+    def bytes_beside(self, role: str, packed: Collection[str], dtype: torch.dtype) -> int:
+        """What changes of `packed` parameters take in memory beside them."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a user should know."""
+        ...
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For the record of a picture."""
+        ...
+
+    def close(self) -> None:
+        """Lets files go."""
+        ...
 
 
 class LoadOptions(NamedTuple):
@@ -107,6 +140,8 @@ class Components:
         self._files = {role: [describe_file(path) for path in plan.files] for role, plan in plans.items()}
         self._networks: dict[str, nn.Module] = {}
         self.watchers: list[Watcher] = []  # told of each network that was loaded
+        self.changes: Changes | None = None  # of networks after loading: adapters
+        self._beside: dict[str, int] = {}  # role -> bytes that they take beside packed weights
         self.texts: OrderedDict[Any, Any] = OrderedDict()  # encoded prompts, by what they were made from
         self.tokenizers: dict[str, Tokenizer] = {}
         for role, path in tokenizers.items():
@@ -128,17 +163,47 @@ class Components:
         if role not in self._networks:
             module, plan, dtype = self._kinds[role].on_meta(), self._plans[role], self.dtype_of(role)
             keep_stored(module, plan, dtype, everything=role in self.placement.stored)
-            on_tensor = _loading(role, on_event, cancel)
+            on_tensor = _loading(f"load {role}", on_event, cancel)
             fill(module, plan, dtype, self.placement.device, self.options.decode, on_tensor)
             plan.release()
+            if self.changes is not None and role in self.changes.roles:
+                self.changes.apply(role, module, _loading(f"adapt {role}", on_event, cancel))
             self._networks[role] = module.eval()
             for watcher in self.watchers:
                 watcher(role, module)
         return self._networks[role]
 
     def config(self, role: str) -> Any:
-        """The config of the network of `role`."""
-        return self._kinds[role].config
+        """The config of the network of `role`, as it is after any change."""
+        config = self._kinds[role].config
+        inputs = None if self.changes is None else self.changes.inputs(role)
+        return config if inputs is None else replace(config, in_channels=inputs)
+
+    def kind(self, role: str) -> Network:
+        """How the network of `role` is built, before any change."""
+        return self._kinds[role]
+
+    def change(self, changes: Changes | None) -> None:
+        """Networks are changed by `changes` from here on, in place of those before, which are closed.
+
+        What either touches is read again from its file when it is next needed, which is the only way back
+        that cannot drift; and what was encoded is forgotten.
+        """
+        before, self.changes = self.changes, changes
+        for each in filter(None, (before, changes)):
+            for role in each.roles:
+                self._networks.pop(role, None)
+                self._plans[role].release()
+        self.texts.clear()
+        self._beside = {} if changes is None else {r: self._bytes_beside(r, changes) for r in changes.roles}
+        empty_cache(self.placement.device)
+        if before is not None:
+            before.close()
+
+    def _bytes_beside(self, role: str, changes: Changes) -> int:
+        network, everything, dtype = self._kinds[role], role in self.placement.stored, self.dtype_of(role)
+        packed = staying(network.on_meta(), self._plans[role], dtype, everything)
+        return changes.bytes_beside(role, {parameter.target for parameter in packed}, dtype)
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
@@ -173,9 +238,10 @@ class Components:
         """What is not in memory yet, counted as it will lie there."""
         if role in self._networks:
             return replace(wanted, parameters=0, stored_bytes=0, packed=0, packed_bytes=0)
+        beside = self._beside.get(role, 0)
         if role in self.placement.stored:
-            return replace(wanted, packed=wanted.parameters, packed_bytes=wanted.stored_bytes)
-        return wanted
+            return replace(wanted, packed=wanted.parameters, packed_bytes=wanted.stored_bytes + beside)
+        return replace(wanted, packed_bytes=wanted.packed_bytes + beside)
 
     def free(self, *roles: str) -> None:
         """Lets the networks of `roles` go, unless everything is to stay loaded; and with them the pages of
@@ -215,6 +281,8 @@ class Components:
         """Lets everything go."""
         self._networks.clear()
         self.texts.clear()
+        if self.changes is not None:
+            self.changes.close()
         empty_cache(self.placement.device)
         for plan in self._plans.values():
             plan.close()
@@ -228,14 +296,14 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def _loading(role: str, on_event: OnEvent | None, cancel: CancelToken | None) -> Callable[[int, int], None]:
+def _loading(stage: str, on_event: OnEvent | None, cancel: CancelToken | None) -> Callable[[int, int], None]:
     start = time.perf_counter()
 
     def on_tensor(done: int, total: int) -> None:
         if cancel is not None:
             cancel.check()
         if on_event is not None:
-            on_event(Progress(f"load {role}", done, total, time.perf_counter() - start))
+            on_event(Progress(stage, done, total, time.perf_counter() - start))
 
     return on_tensor
 

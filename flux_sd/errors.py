@@ -47,6 +47,15 @@ class WeightMapError(FluxSdError):
         self.problems = tuple(problems)
 
 
+class AdapterError(FluxSdError):
+    """An adapter (LoRA) that cannot be read or does not fit the model. `problems` holds every change that
+    does not fit."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
 class TokenizerError(FluxSdError):
     """A tokenizer file that cannot be read or is of another kind."""
 

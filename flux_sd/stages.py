@@ -47,6 +47,7 @@ class Stages:
         self.components, self.on_event, self.cancel, self.tap = components, on_event, cancel, tap
         self.device, self.dtype = components.placement.device, components.placement.dtype
         self.notes: list[str] = list(components.placement.notes)
+        self.notes += [] if components.changes is None else components.changes.notes()
         self.timings = Timings()
         self.tiled = False  # whether the autoencoder runs in tiles
 
@@ -196,6 +197,8 @@ class Stages:
         """One finished picture; `record` is what repeats it, completed by the files that it was made from."""
         record["files"] = self.components.describe_files()
         record["weights"] = self.components.describe_weights()
+        if self.components.changes is not None:
+            record["loras"] = self.components.changes.describe()
         return Result(picture, record, latents, noise, list(self.notes), self.timings.seconds)
 
     def settings(self, at_once: int) -> dict[str, Any]:
