@@ -20,6 +20,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .errors import Cancelled, FluxSdError
     from .generation_engine import GenerationEngine
+    from .lora.adapters import Lora
     from .model_loader import LoadedModel, check_request, load_model
     from .request import CancelToken, Complete, Error, GenerationRequest, Preview, Progress, Result, Step
     from .versions import SDVersion
@@ -33,6 +34,7 @@ _HOME = {
     "GenerationEngine": "generation_engine",
     "GenerationRequest": "request",
     "LoadedModel": "model_loader",
+    "Lora": "lora.adapters",
     "Preview": "request",
     "Progress": "request",
     "Result": "request",
@@ -51,6 +53,7 @@ __all__ = [
     "GenerationEngine",
     "GenerationRequest",
     "LoadedModel",
+    "Lora",
     "Preview",
     "Progress",
     "Result",

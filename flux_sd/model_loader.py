@@ -6,7 +6,7 @@ Mirrors the Rust worker's `model_loader.rs`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -27,6 +27,8 @@ from .flux_generation import FluxRun, generate_flux, plan_flux
 from .flux_loader import load_flux
 from .hub import cached, fetch, role_paths
 from .load_plan import DECODES, Decode
+from .lora.adapters import Adapters, Applied, Asked, as_loras, table_of
+from .lora.plan import Table
 from .model_files import ModelFiles, check_exists, check_roles, find_files, layout_of
 from .numerics import Numerics
 from .request import CancelToken, GenerationRequest, Progress, Result, Step
@@ -83,6 +85,15 @@ class LoadedModel(Protocol):
         """Latents [B, C, H/8, W/8], such as a step's, to pictures (PIL)."""
         ...
 
+    def load_adapters(self, adapters: Sequence[Asked], *, partial: bool = False) -> tuple[Applied, ...]:
+        """From here on these adapters (LoRA) act, in this order, in place of those before; none for none.
+
+        Each is a file, or a `Lora` with a strength. Nothing but headers is read: networks are changed when they
+        are loaded, and weights that others changed are read again, bit for bit. Raises AdapterError for one
+        that does not fit completely (with `partial`: not at all); then those before stay.
+        """
+        ...
+
     def watch(self, watcher: Watcher) -> AbstractContextManager[None]:
         """While open, `watcher(role, network)` is shown each network before it runs: where hooks go on."""
         ...
@@ -111,6 +122,7 @@ class Model:
         """steps, generate: the family's, given request, on_event, cancel and tap."""
         self.version, self.components = version, components
         self._steps, self._generate = steps, generate
+        self._table: Table | None = None  # of the names that adapters may use
 
     @property
     def defaults(self) -> GenerationRequest:
@@ -147,6 +159,16 @@ class Model:
     def decode(self, latents: torch.Tensor) -> list[Image]:
         """See LoadedModel."""
         return decode_latents(self.components, latents)
+
+    def load_adapters(self, adapters: Sequence[Asked], *, partial: bool = False) -> tuple[Applied, ...]:
+        """See LoadedModel."""
+        if not adapters:
+            self.components.change(None)
+            return ()
+        self._table = self._table or table_of(self.components)
+        opened = Adapters.open(as_loras(adapters), self._table, self.version.info.key, partial)
+        self.components.change(opened)
+        return opened.applied
 
     def watch(self, watcher: Watcher) -> AbstractContextManager[None]:
         """See LoadedModel."""
@@ -229,6 +251,7 @@ def load_model(
     numerics: str | Numerics = "reference", keep_loaded: bool = False, decode: str = "on_use",
     fill_from: File = None, quantized: bool = False, offline: bool = False, cache_dir: File = None,
     endpoint: str | None = None, cancel: CancelToken | None = None, on_event: OnEvent | None = None,
+    loras: Sequence[Asked] = (), lora_partial: bool = False,
 ) -> LoadedModel:  # fmt: skip
     """A model ready to paint: files found (or fetched), every name, shape and size checked.
 
@@ -237,8 +260,8 @@ def load_model(
     or folders in place of those of `path` or, without one, of the version's released files. prediction: what
     a Stable Diffusion UNet predicts, where its files do not say. keep_loaded: networks stay between requests.
     decode: packed weights are decoded "on_use" or "on_load", for the same picture. fill_from: gives an
-    incomplete file what it lacks. quantized: the model's own quantised transformer. Raises FluxSdErrors that
-    name the file.
+    incomplete file what it lacks. quantized: the model's own quantised transformer. loras: adapters, see
+    `LoadedModel.load_adapters`. Raises FluxSdErrors that name the file.
     """
     own = {"path": path, "transformer": transformer, "unet": unet, "t5": t5, "clip": clip, "clip_2": clip_2}
     own |= {"vae": vae, "clip_tokenizer": clip_tokenizer, "clip_2_tokenizer": clip_2_tokenizer}
@@ -252,7 +275,11 @@ def load_model(
     kind, automatic = choose_dtype(dtype, where, info.auto_dtype), dtype == "auto" and info.auto_dtype is None
     options = LoadOptions(keep_loaded, automatic, mode, fill_from, quantized)
     opening = Opening(found, where, kind, _preset(numerics), options, prediction)
-    return FAMILIES[info.family].open(chosen, info, opening)
+    with ExitStack() as opened:
+        model = opened.enter_context(FAMILIES[info.family].open(chosen, info, opening))
+        model.load_adapters(loras, partial=lora_partial)
+        opened.pop_all()  # from here on the caller closes it
+        return model
 
 
 def check_request(

@@ -157,7 +157,9 @@ def _changes(checkpoint: Checkpoint, scales: PeftScales) -> tuple[Change, ...]:
     families: dict[str, str] = {}
     for name, info in checkpoint.infos.items():
         found = split_ending(name)
-        layer, kind, family = (name, "set", BARE) if found is None else (found[0], found[1].kind, found[1].family)
+        layer, kind, family = (
+            (name, "set", BARE) if found is None else (found[0], found[1].kind, found[1].family)
+        )
         kinds = layers.setdefault(layer, {})
         if kind in kinds:
             text = f"{checkpoint.label}: {kinds[kind].name} and {name} are the same part of {layer}"

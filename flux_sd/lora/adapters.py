@@ -40,6 +40,9 @@ class Lora(NamedTuple):
             return cls(text)
 
 
+Asked = Lora | str | Path | tuple[str | Path, float]  # in any of the forms that `load_adapters` takes
+
+
 class _Part(NamedTuple):
     """One move of one change, and how strongly it is meant."""
 
@@ -160,7 +163,7 @@ def table_of(components: Components) -> Table:
     return Table([Target.of(role, k.component, k.config, k.on_meta()) for role, k in kinds.items()])
 
 
-def as_loras(asked: Iterable[Lora | str | Path | tuple[str | Path, float]]) -> list[Lora]:
+def as_loras(asked: Iterable[Asked]) -> list[Lora]:
     """Files, with strengths or without, in one form."""
     return [Lora(given) if isinstance(given, str | Path) else Lora(*given) for given in asked]
 

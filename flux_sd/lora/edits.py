@@ -70,7 +70,9 @@ def change(module: nn.Module, target: str, edits: Sequence[Edit]) -> None:
     if isinstance(layer, QuantizedLinear) and leaf == "weight":
         module.set_submodule(path, AdaptedLinear(layer, edits))
     elif isinstance(layer, QuantizedEmbedding) and leaf == "weight":
-        raise AdapterError(f"an adapter changes {target}, an embedding that stays packed: load a file of floats")
+        raise AdapterError(
+            f"an adapter changes {target}, an embedding that stays packed: load a file of floats"
+        )
     else:
         merge(getattr(layer, leaf), edits)
 

@@ -143,9 +143,7 @@ class Table:
                     misfits.append(Misfit(change, role, str(error)))
         return misfits[0] if misfits else self._unknown(change)
 
-    def _layer(
-        self, change: Change, role: str, prefix: Prefix, path: str, is_control: bool
-    ) -> Layer | None:
+    def _layer(self, change: Change, role: str, prefix: Prefix, path: str, is_control: bool) -> Layer | None:
         names = self.names[role]
         if change.family != BARE:
             return names.find(path, prefix.flat)
