@@ -88,9 +88,9 @@ class LoadedModel(Protocol):
     def load_adapters(self, adapters: Sequence[Asked], *, partial: bool = False) -> tuple[Applied, ...]:
         """From here on these adapters (LoRA) act, in this order, in place of those before; none for none.
 
-        Each is a file, or a `Lora` with a strength. Nothing but headers is read: networks are changed when they
-        are loaded, and weights that others changed are read again, bit for bit. Raises AdapterError for one
-        that does not fit completely (with `partial`: not at all); then those before stay.
+        Each is a file, or a `Lora` with a strength. Only headers are read: networks are changed when they are
+        loaded, and weights that others changed are read again, bit for bit. Raises AdapterError for one that
+        does not fit completely (with `partial`: not at all); then those before stay.
         """
         ...
 

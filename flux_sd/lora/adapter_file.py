@@ -1,8 +1,8 @@
 """A file of an adapter: its tensors sorted by the layer that they change, its algorithm, its scales.
 
 Reads headers, and the scalars called alpha. Scale of a low-rank change: alpha / r with r from the tensors
-themselves; 1 where alpha is missing or 0. PEFT's alpha stands in adapter_config.json beside the file, or in the
-header under `lora_adapter_metadata` (diffusers), each with exceptions by pattern.
+themselves; 1 where alpha is missing or 0. PEFT's alpha stands in adapter_config.json beside the file, or in
+the header under `lora_adapter_metadata` (diffusers), each with exceptions by pattern.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class AdapterFile:
 
     @classmethod
     def open(cls, path: str | Path) -> AdapterFile:
-        """Reads the header. Raises MissingFileError, CheckpointError, AdapterError for a file of another kind."""
+        """Reads the header. Raises MissingFileError, CheckpointError, AdapterError for a file of no kind that
+        is built."""
         path = Path(path)
         checkpoint = open_checkpoint(path)
         try:
@@ -156,10 +157,10 @@ def _changes(checkpoint: Checkpoint, scales: PeftScales) -> tuple[Change, ...]:
     layers: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, str] = {}
     for name, info in checkpoint.infos.items():
+        layer, kind, family = name, "set", BARE
         found = split_ending(name)
-        layer, kind, family = (
-            (name, "set", BARE) if found is None else (found[0], found[1].kind, found[1].family)
-        )
+        if found is not None:
+            layer, kind, family = found[0], found[1].kind, found[1].family
         kinds = layers.setdefault(layer, {})
         if kind in kinds:
             text = f"{checkpoint.label}: {kinds[kind].name} and {name} are the same part of {layer}"

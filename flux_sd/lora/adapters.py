@@ -24,8 +24,8 @@ MAX_STRENGTH = 100.0  # more is a mistake in typing
 
 
 class Lora(NamedTuple):
-    """An adapter that is asked for: a file, and how strongly it acts. None: as strongly as its authors use it,
-    which is 1 for all but control LoRAs (0.85)."""
+    """An adapter that is asked for: a file, and how strongly it acts. None: as its authors use it, which is 1
+    for all but control LoRAs (0.85)."""
 
     file: str | Path
     strength: float | None = None
@@ -92,8 +92,8 @@ class Adapters:
     def open(cls, asked: Sequence[Lora], table: Table, model: str, partial: bool = False) -> Adapters:
         """Opens every file and places every change; reads headers only.
 
-        Raises AdapterError for a file that is no adapter, or that does not fit completely (with `partial`: not
-        at all), MissingFileError, CheckpointError. Then nothing stays open.
+        Raises AdapterError for a file that is no adapter, or that does not fit completely (with `partial`:
+        not at all), MissingFileError, CheckpointError. Then nothing stays open.
         """
         with ExitStack() as opened:
             applied = []
@@ -136,8 +136,8 @@ class Adapters:
         return total
 
     def apply(self, role: str, module: nn.Module, on_tensor: Callable[[int, int], None]) -> None:
-        """Changes a network that was just filled. `on_tensor(done, total)` runs before each parameter and once
-        at the end; whatever it raises stops the work, and the network is then of no use.
+        """Changes a network that was just filled. `on_tensor(done, total)` runs before each parameter and
+        once at the end; whatever it raises stops the work, and the network is then of no use.
 
         Raises AdapterError where a file holds NaN or infinity.
         """
@@ -168,7 +168,7 @@ def as_loras(asked: Iterable[Asked]) -> list[Lora]:
     return [Lora(given) if isinstance(given, str | Path) else Lora(*given) for given in asked]
 
 
-# one change ---------------------------------------------------------------------------------------------------
+# one change -------------------------------------------------------------------------------------------------
 
 
 def _device(module: nn.Module, target: str) -> torch.device:

@@ -85,7 +85,7 @@ class AdapterPlan:
         )
 
     def check(self, model: str, partial: bool = False) -> None:
-        """Raises AdapterError unless everything fits, or with `partial`, anything. `model`: for the message."""
+        """Raises AdapterError unless everything fits, or with `partial`, anything. `model`: for messages."""
         if self.placed and (partial or not self.misfits):
             return
         texts = [f"{misfit.change.name}: {misfit.why}" for misfit in self.misfits]
@@ -151,7 +151,7 @@ class Table:
         return None if source is None else Layer((source,))
 
     def _unknown(self, change: Change) -> Misfit:
-        prefix, path = prefixes_of(change.name)[0]
+        prefix = prefixes_of(change.name)[0][0]
         roles = [role for role in prefix.roles if role in self.names]
         if not roles:
             return Misfit(change, "", f"this model has no {' or '.join(prefix.roles)}")
