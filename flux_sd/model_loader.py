@@ -27,7 +27,7 @@ from .flux_generation import FluxRun, generate_flux, plan_flux
 from .flux_loader import load_flux
 from .hub import cached, fetch, role_paths
 from .load_plan import DECODES, Decode
-from .lora.adapters import Adapters, Applied, Asked, as_loras, table_of
+from .lora.adapters import Adapters, Applied, Asked, as_loras, check_files, table_of
 from .lora.plan import Table
 from .model_files import ModelFiles, check_exists, check_roles, find_files, layout_of
 from .numerics import Numerics
@@ -270,6 +270,7 @@ def load_model(
     chosen = resolve_version(version, given, prediction)
     hub, info = Hub(offline, cache_dir, endpoint, cancel, on_event), chosen.info
     _check_names(info, given)
+    check_files(as_loras(loras))
     where, mode = choose_device(device), _decode_mode(decode)
     found = _quantized_files(info, given) if quantized else _files(info, given, hub)
     kind, automatic = choose_dtype(dtype, where, info.auto_dtype), dtype == "auto" and info.auto_dtype is None

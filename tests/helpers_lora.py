@@ -1,5 +1,5 @@
-"""One change of weights written as an adapter in the layouts that people have, by code that shares nothing with
-the package: names are spelled out here, or come from tools/sd_names.py."""
+"""One change of weights written as an adapter in the layouts that people have, by code that shares nothing
+with the package: names are spelled out here, or come from tools/sd_names.py."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ PARTS = {
 def table(*roles: str) -> Table:
     """The names of a model that has these networks."""
     parts = [PARTS[role] for role in roles]
-    return Table([Target.of(p.role, p.component, p.config, write.build(p.component, p.config)) for p in parts])
+    return Table(
+        [Target.of(p.role, p.component, p.config, write.build(p.component, p.config)) for p in parts]
+    )
 
 
 def filled(role: str, state: State | None = None) -> nn.Module:
@@ -87,7 +89,9 @@ def _module(role: str) -> nn.Module:
 
 def merged(file: Path | list[Lora], *roles: str, partial: bool = False, base: State | None = None) -> State:
     """What the weights of the first of a model's networks become."""
-    adapters = Adapters.open(file if isinstance(file, list) else [Lora(file)], table(*roles), "small", partial)
+    adapters = Adapters.open(
+        file if isinstance(file, list) else [Lora(file)], table(*roles), "small", partial
+    )
     module = filled(roles[0], base)
     adapters.apply(roles[0], module, lambda done, total: None)
     adapters.close()
@@ -359,13 +363,17 @@ def ldm(path: str) -> str:
     return sd_names.unet_ldm(f"{path}.weight", PARTS["unet"].state.keys()).removesuffix(".weight")
 
 
+def kohya_clip(path: str) -> str:
+    return f"lora_te_{flat(path)}"
+
+
 def _both(written: Callable[[Pairs, Named], State], unet: Named, clip: Named) -> Callable[[State], State]:
     return lambda _: written(unet_pairs(), unet) | written(clip_pairs(), clip)
 
 
 def _dora_unet(base: State) -> State:
     made = _kohya_dora(base, unet_pairs())
-    return made | kohya(clip_pairs(), KOHYA_CLIP)
+    return made | kohya(clip_pairs(), kohya_clip)
 
 
 def _peft_dora_unet(base: State) -> State:
@@ -385,13 +393,9 @@ def _clip_of_old(path: str) -> str:
     return f"text_encoder.{head}.to_{layer.removesuffix('_proj')}_lora"
 
 
-def KOHYA_CLIP(path: str) -> str:  # noqa: N802 - a constant that is a function
-    return f"lora_te_{flat(path)}"
-
-
 SD_LAYOUTS: dict[str, Layout] = {
-    "kohya, diffusers' paths": Layout(_both(kohya, lambda path: f"lora_unet_{flat(path)}", KOHYA_CLIP)),
-    "kohya, LDM paths": Layout(_both(kohya, lambda path: f"lora_unet_{flat(ldm(path))}", KOHYA_CLIP)),
+    "kohya, diffusers' paths": Layout(_both(kohya, lambda path: f"lora_unet_{flat(path)}", kohya_clip)),
+    "kohya, LDM paths": Layout(_both(kohya, lambda path: f"lora_unet_{flat(ldm(path))}", kohya_clip)),
     "diffusers, alpha in the header": Layout(
         _both(lambda changes, named: peft(changes, named, SCALE), lambda path: f"unet.{path}",
               lambda path: f"text_encoder.{path}"),
@@ -410,10 +414,10 @@ SD_LAYOUTS: dict[str, Layout] = {
               lambda path: f"text_encoders.clip_l.transformer.{path}")
     ),
     "SimpleTuner, LoKr": Layout(
-        lambda _: lokr(unet_pairs(), lambda path: f"lycoris_{flat(path)}") | lokr(clip_pairs(), KOHYA_CLIP)
+        lambda _: lokr(unet_pairs(), lambda path: f"lycoris_{flat(path)}") | lokr(clip_pairs(), kohya_clip)
     ),
-    "LyCORIS, LoHa": Layout(_both(loha, lambda path: f"lora_unet_{flat(path)}", KOHYA_CLIP)),
-    "full differences": Layout(_both(differences, lambda path: f"lora_unet_{flat(path)}", KOHYA_CLIP)),
+    "LyCORIS, LoHa": Layout(_both(loha, lambda path: f"lora_unet_{flat(path)}", kohya_clip)),
+    "full differences": Layout(_both(differences, lambda path: f"lora_unet_{flat(path)}", kohya_clip)),
     "kohya, DoRA": Layout(_dora_unet),
     "PEFT, DoRA": Layout(_peft_dora_unet),
 }  # fmt: skip

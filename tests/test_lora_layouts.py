@@ -1,4 +1,4 @@
-"""One change of weights in every layout of adapters: merged equal, and as strong beside weights that stay packed."""
+"""One change of weights in every layout of adapters: merged equal, and as strong beside packed weights."""
 
 from __future__ import annotations
 

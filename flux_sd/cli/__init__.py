@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import FluxSdError, RequestError
 from ..version import __version__
-from . import arguments, compare, convert, generate, inspect, maps, models, numerics, replay, trace
+from . import arguments, compare, convert, generate, inspect, lora, maps, models, numerics, replay, trace
 
-COMMANDS = (generate, replay, models, inspect, maps, convert, trace, compare, numerics)
+COMMANDS = (generate, replay, models, inspect, lora, maps, convert, trace, compare, numerics)
 
 DESCRIPTION = """Paints pictures from text, and from pictures, with FLUX.1 and Stable Diffusion models.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,8 @@ class Computing(NamedTuple):
     numerics: str
     quantized: bool = False
     prediction: str | None = None
+    loras: Sequence[tuple[Path, float | None]] = ()
+    lora_partial: bool = False
 
 
 # Parts of a model that may come from a file of their own, and which models have them.
@@ -56,6 +58,8 @@ FIELDS = (
 SOURCES = """Without --model, files of your own say which model they are of. Files may be .safetensors, .gguf
 or .ckpt, of which .safetensors is to be preferred: .ckpt files are pickles, which can hold programs. They
 are read by torch's weights-only unpickler alone, which runs none and refuses what it does not know."""
+ADAPTERS = """Files of any usual trainer. Each is applied completely or the run stops: `flux-sd lora FILE` says
+what it is and which models it fits. They act in the order given."""
 
 
 def whole(text: str) -> int:
@@ -96,6 +100,17 @@ def prompt(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("the prompt holds bytes that are not UTF-8") from None
     return text
+
+
+def lora(text: str) -> tuple[Path, float | None]:
+    """FILE or FILE:STRENGTH; a colon with no number behind it belongs to the file's name."""
+    file, colon, number = text.rpartition(":")
+    if colon and file and not Path(text).exists():
+        try:
+            return Path(file), float(number)
+        except ValueError:
+            return Path(text), None
+    return Path(text), None
 
 
 # Stated here, for their own files import torch; tests hold them against those.
@@ -232,6 +247,7 @@ def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -
     add("--quantized", action="store_true",
         help="the built-in model with weights of 8 bits: smaller, and almost the same picture")  # fmt: skip
     add("--offline", action="store_true", help="use files that are here already and download nothing")
+    _add_adapters(parser.add_argument_group("adapters (LoRA and kin)", ADAPTERS).add_argument, recorded)
     add = parser.add_argument_group("how it is computed").add_argument
 
     def default(value: str) -> str | None:
@@ -253,9 +269,18 @@ def add_model_options(parser: argparse.ArgumentParser, recorded: bool = False) -
         f"{says('reference, as published')}")  # fmt: skip
 
 
+def _add_adapters(add: Any, recorded: bool) -> None:
+    usual = "as recorded" if recorded else "1; of a control LoRA 0.85"
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]",
+        help=f"change the model by this adapter; can be given several times (strength: {usual})")  # fmt: skip
+    add("--lora-partial", action="store_true",
+        help="apply what fits of an adapter that does not fit completely (default: refuse it)")  # fmt: skip
+
+
 def computing(args: argparse.Namespace) -> Computing:
     """As the options say."""
-    return Computing(args.device, args.dtype, args.numerics, prediction=args.prediction)
+    how = Computing(args.device, args.dtype, args.numerics, prediction=args.prediction)
+    return how._replace(loras=args.lora, lora_partial=args.lora_partial)
 
 
 def load(
@@ -280,6 +305,8 @@ def load(
         fill_from=args.fill_from,
         quantized=args.quantized or how.quantized,
         prediction=how.prediction,
+        loras=how.loras,
+        lora_partial=how.lora_partial,
         offline=args.offline,
         cancel=cancel,
         on_event=on_event,

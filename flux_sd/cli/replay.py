@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, RequestError
+from ..errors import AdapterError, OutputError, RequestError
 from . import arguments
 from .console import Console, Interrupt, ProgressBars
 from .generate import tensor_hash
@@ -124,6 +124,10 @@ def _computing(args: argparse.Namespace, record: dict[str, Any]) -> arguments.Co
         numerics=args.numerics or record.get("numerics", "reference"),
         quantized=record.get("quantized", False),
         prediction=args.prediction or record.get("prediction"),
+        loras=_loras(args.lora, record),
+        lora_partial=any(
+            some < every for lora in record.get("loras", ()) for some, every in lora["applied"].values()
+        ),
     )
 
 
@@ -157,6 +161,29 @@ def _latents(path: Path | None, record: dict[str, Any]) -> Tensor | None:
     if not rows:
         raise RequestError(f"{str(path)!r} does not hold the noise that this picture began from")
     return rows[0][None]
+
+
+def _loras(
+    given: Sequence[tuple[Path, float | None]], record: Mapping[str, Any]
+) -> list[tuple[Path, float | None]]:
+    """The adapters that the record names by their fingerprints, in its order, as strong as there. Raises
+    AdapterError where one is not given, or one that it does not name."""
+    from ..lora.adapters import describe
+
+    files = [(path, strength, describe(path)["fingerprint"]) for path, strength in given]
+    found: list[tuple[Path, float | None]] = []
+    for wanted in record.get("loras", ()):
+        then = f"{wanted['name']} at the strength {wanted['strength']:g}"
+        same = [(path, strength) for path, strength, print_ in files if print_ == wanted["fingerprint"]]
+        if not same:
+            raise AdapterError(f"this picture was painted with the adapter {then}: give it with --lora")
+        if same[0][1] not in (None, wanted["strength"]):
+            raise AdapterError(f"this picture was painted with the adapter {then}: leave the strength out")
+        found.append((same[0][0], wanted["strength"]))
+    others = [path for path, _, _ in files if path not in [path for path, _ in found]]
+    if others:
+        raise AdapterError(f"this picture was painted without the adapter {str(others[0])!r}: leave it out")
+    return found
 
 
 def _original(name: str, path: Path | None, record: dict[str, Any]) -> Image | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..components import Components
+from ..components import Components, Network
 from ..errors import AdapterError
 from .adapter_file import AdapterFile
 from .deltas import DORA, Delta, Full
@@ -24,23 +24,14 @@ MAX_STRENGTH = 100.0  # more is a mistake in typing
 
 
 class Lora(NamedTuple):
-    """An adapter that is asked for: a file, and how strongly it acts. None: as its authors use it, which is 1
-    for all but control LoRAs (0.85)."""
+    """An adapter that is asked for: a file, or the folder that PEFT saves, and how strongly it acts. None: as
+    its authors use it, which is 1 for all but control LoRAs (0.85)."""
 
     file: str | Path
     strength: float | None = None
 
-    @classmethod
-    def parse(cls, text: str) -> Lora:
-        """FILE or FILE:STRENGTH. A colon with no number behind it belongs to the file's name."""
-        file, colon, number = text.rpartition(":")
-        try:
-            return cls(file, float(number)) if colon and file else cls(text)
-        except ValueError:
-            return cls(text)
 
-
-Asked = Lora | str | Path | tuple[str | Path, float]  # in any of the forms that `load_adapters` takes
+Asked = Lora | str | Path | tuple[str | Path, float | None]  # in any form that `load_adapters` takes
 
 
 class _Part(NamedTuple):
@@ -156,11 +147,30 @@ class Adapters:
             entry.plan.file.close()
 
 
+def targets_of(networks: Mapping[str, Network]) -> list[Target]:
+    """Every network of a model that adapters change, by role."""
+    return [
+        Target.of(role, network.component, network.config, network.on_meta())
+        for role, network in networks.items()
+        if role in prefix_roles()
+    ]
+
+
 def table_of(components: Components) -> Table:
-    """The names of every network of a model that adapters change."""
-    roles = [role for role in components.roles if role in prefix_roles()]
-    kinds = {role: components.kind(role) for role in roles}
-    return Table([Target.of(role, k.component, k.config, k.on_meta()) for role, k in kinds.items()])
+    """The names of a model's networks."""
+    return Table(targets_of({role: components.kind(role) for role in components.roles}))
+
+
+def check_files(asked: Iterable[Lora]) -> None:
+    """Refuses files that are no adapters before anything large is opened or fetched. Raises as `open`."""
+    for lora in asked:
+        AdapterFile.open(lora.file).close()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Name, bytes and fingerprint of an adapter's file. Raises as `Adapters.open`."""
+    with AdapterFile.open(path) as file:
+        return dict(file.description)
 
 
 def as_loras(asked: Iterable[Asked]) -> list[Lora]:
