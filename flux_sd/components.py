@@ -179,9 +179,10 @@ class Components:
         inputs = None if self.changes is None else self.changes.inputs(role)
         return config if inputs is None else replace(config, in_channels=inputs)
 
-    def kind(self, role: str) -> Network:
-        """How the network of `role` is built, before any change."""
-        return self._kinds[role]
+    @property
+    def kinds(self) -> Mapping[str, Network]:
+        """By role, how each network is built, before any change."""
+        return self._kinds
 
     def change(self, changes: Changes | None) -> None:
         """Networks are changed by `changes` from here on, in place of those before, which are closed.

@@ -165,7 +165,7 @@ class Model:
         if not adapters:
             self.components.change(None)
             return ()
-        self._table = self._table or table_of(self.components)
+        self._table = self._table or table_of(self.components.kinds)
         opened = Adapters.open(as_loras(adapters), self._table, self.version.info.key, partial)
         self.components.change(opened)
         return opened.applied

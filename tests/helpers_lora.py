@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flux_sd.clip import ClipTextConfig
 from flux_sd.flux_mmdit import FluxConfig
 from flux_sd.lora.adapters import Adapters, Lora
-from flux_sd.lora.names import Target
+from flux_sd.lora.names import Target, names_of
 from flux_sd.lora.plan import Table
 from flux_sd.t5 import T5Config
 from flux_sd.unet import UNetConfig
@@ -68,10 +68,11 @@ PARTS = {
 @functools.cache
 def table(*roles: str) -> Table:
     """The names of a model that has these networks."""
-    parts = [PARTS[role] for role in roles]
-    return Table(
-        [Target.of(p.role, p.component, p.config, write.build(p.component, p.config)) for p in parts]
-    )
+    made = {}
+    for role in roles:
+        part = PARTS[role]
+        made[role] = names_of(Target.of(part.component, part.config, _module(role)))
+    return Table(made)
 
 
 def filled(role: str, state: State | None = None) -> nn.Module:

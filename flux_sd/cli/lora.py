@@ -68,15 +68,14 @@ def run(args: argparse.Namespace) -> int:
 def _plans(file: AdapterFile, versions: Sequence[SDVersion]) -> Iterator[tuple[str, AdapterPlan]]:
     """The adapter held against each model, nothing read but its header."""
     from .. import numerics
-    from ..lora.adapters import targets_of
+    from ..lora.adapters import table_of
     from ..lora.names import Names
-    from ..lora.plan import Table
     from ..model_loader import FAMILIES
 
     known: dict[Any, Names] = {}  # networks that several models have are looked at once
     for version in versions:
         networks = FAMILIES[version.info.family].networks(version.info, numerics.reference())
-        yield version.info.key, Table(targets_of(networks), known).plan(file)
+        yield version.info.key, table_of(networks, known).plan(file)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..components import Components, Network
+from ..components import Network
 from ..errors import AdapterError
 from .adapter_file import AdapterFile
 from .deltas import DORA, Delta, Full
 from .edits import Edit, change, widen
 from .formats import WIDENED, prefix_roles
-from .names import Target
+from .names import Names, Target, names_of
 from .plan import AdapterPlan, Move, Placed, Table, built
 
 MAX_STRENGTH = 100.0  # more is a mistake in typing
@@ -147,18 +147,19 @@ class Adapters:
             entry.plan.file.close()
 
 
-def targets_of(networks: Mapping[str, Network]) -> list[Target]:
-    """Every network of a model that adapters change, by role."""
-    return [
-        Target.of(role, network.component, network.config, network.on_meta())
-        for role, network in networks.items()
-        if role in prefix_roles()
-    ]
-
-
-def table_of(components: Components) -> Table:
-    """The names of a model's networks."""
-    return Table(targets_of({role: components.kind(role) for role in components.roles}))
+def table_of(networks: Mapping[str, Network], known: dict[Any, Names] | None = None) -> Table:
+    """The names of every network of a model that adapters change. known: those of other models, by component
+    and config, of which some may be the same; grows."""
+    known = {} if known is None else known
+    names = {}
+    for role, network in networks.items():
+        if role not in prefix_roles():
+            continue
+        key = (network.component, network.config)
+        if key not in known:
+            known[key] = names_of(Target.of(*key, network.on_meta()))
+        names[role] = known[key]
+    return Table(names)
 
 
 def check_files(asked: Iterable[Lora]) -> None:

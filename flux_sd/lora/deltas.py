@@ -223,6 +223,8 @@ def _lora(given: Tensors) -> Delta:
         return Full(values.flatten(1))
     if up.shape[2:].numel() > 1:
         raise ValueError("the kernel of a convolution was expected in lora_down, not in lora_up")
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+        raise ValueError("the ranks of lora_up and lora_down differ")
     return LowRank(_flat(up), _flat(down))
 
 

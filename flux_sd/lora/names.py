@@ -43,16 +43,15 @@ class Layer:
 class Target:
     """One network that an adapter may change."""
 
-    role: str
     component: str  # as the maps call it
     config: object
     shapes: Mapping[str, tuple[int, ...]]  # of its parameters
 
     @classmethod
-    def of(cls, role: str, component: str, config: object, network: nn.Module) -> Target:
+    def of(cls, component: str, config: object, network: nn.Module) -> Target:
         """network: built on meta, before any of its layers was swapped for a packed one."""
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        return cls(role, component, config, shapes)
+        return cls(component, config, shapes)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import AdapterError
 from .adapter_file import BARE, AdapterFile, Change
 from .deltas import DORA, Delta, magnitude_axis
 from .formats import WIDENED, Prefix, prefixes_of
-from .names import Layer, Names, Source, Target, names_of
+from .names import Layer, Names, Source
 
 LISTED = 5  # names of one dialect in a message; AdapterError.problems has all
 
@@ -114,15 +113,9 @@ def _by_dialect(misfits: Iterable[Misfit]) -> list[str]:
 class Table:
     """The names of all networks of one model, made once for all its adapters."""
 
-    def __init__(self, targets: Sequence[Target], known: dict[Any, Names] | None = None) -> None:
-        """known: tables of networks that were made before, by component and config; grows."""
-        self.names: dict[str, Names] = {}
-        for target in targets:
-            key = (target.component, target.config)
-            names = None if known is None else known.get(key)
-            self.names[target.role] = names_of(target) if names is None else names
-            if known is not None:
-                known[key] = self.names[target.role]
+    def __init__(self, names: Mapping[str, Names]) -> None:
+        """names: of each network, by role."""
+        self.names = names
 
     def plan(self, file: AdapterFile) -> AdapterPlan:
         """Holds an adapter against the networks; reads no weight."""
