@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -177,14 +177,12 @@ def _change(
     algorithm = next((known for known in ALGORITHMS.values() if known.complete(kinds)), None)
     alpha = _scalar(checkpoint, tensors.pop("alpha")) if "alpha" in tensors else None
     change = Change(name, tensors, family or "several programs", algorithm, alpha, 1.0)
-    rank = _safe_rank(change)
-    if rank is None:
-        return change
-    root = False
-    if alpha is None and family == "PEFT":
-        alpha, root = scales.find(name)
-    scale = alpha / (math.sqrt(rank) if root else rank) if alpha else 1.0
-    return Change(name, tensors, change.family, algorithm, alpha, scale)
+    rank, root = _safe_rank(change), False
+    if alpha is None and algorithm is not None and algorithm.scaled:
+        alpha, rank, root = scales.find(name, rank)
+    if not alpha or rank is None:
+        return replace(change, alpha=alpha)
+    return replace(change, alpha=alpha, scale=alpha / (math.sqrt(rank) if root else rank))
 
 
 def _safe_rank(change: Change) -> int | None:
@@ -230,14 +228,16 @@ class PeftScales:
             return cls({"": _table(content, str(beside))}, str(beside))
         return cls({}, "")
 
-    def find(self, module: str) -> tuple[float | None, bool]:
-        """(alpha, whether it is divided by the root of the rank) of a layer, as the file writes it."""
+    def find(self, module: str, rank: int | None) -> tuple[float | None, int | None, bool]:
+        """(alpha, rank, whether alpha is divided by its root) of a layer, as the file writes it. The rank is
+        that of its tensors; where these show none (LoKr of whole factors), it is the configured one."""
         for prefix, path in prefixes_of(module):
             config = self.configs.get(prefix.text.partition(".")[0] if prefix.text else "")
             config = self.configs.get("") if config is None else config
             if config is not None:
-                return self._alpha(config, path), config.get("use_rslora") is True
-        return None, False
+                rank = int(self._number(config["r"])) if rank is None and "r" in config else rank
+                return self._alpha(config, path), rank or None, config.get("use_rslora") is True
+        return None, rank, False
 
     def _alpha(self, config: Mapping[str, Any], path: str) -> float | None:
         patterns = config.get("alpha_pattern") or {}

@@ -204,6 +204,7 @@ class Algorithm:
     build: Callable[[Tensors], Delta]  # without alpha's scale
     rank: Callable[[Tensors], int | None]  # None: alpha means nothing
     kernel: Callable[[Tensors], tuple[int, ...] | None]  # of a convolution; () of a linear; None: either
+    scaled: bool = True  # whether alpha can mean anything
 
     def complete(self, kinds: frozenset[str]) -> bool:
         """Whether these kinds make a change, none of them left over."""
@@ -304,6 +305,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         _difference,
         lambda _: None,
         _kernel("diff"),
+        scaled=False,
     ),
     "set": Algorithm(
         "replaced values",
@@ -312,6 +314,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         lambda given: _difference({"diff": given["set"]}),
         lambda _: None,
         _kernel("set"),
+        scaled=False,
     ),
 }
 
