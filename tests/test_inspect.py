@@ -217,7 +217,8 @@ def test_an_adapter_takes_one_line(folder: Path, capsys: pytest.CaptureFixture[s
     }
     header.safetensors(folder / "lora.safetensors", shapes)
     printed = lines(capsys, "lora.safetensors")
-    assert printed[-1] == "  a LoRA (kohya's names), FLUX, rank 16: this release does not load it"
+    what = "  a LoRA (kohya's names), FLUX, rank 16"
+    assert printed[-1] == f"{what}: give it with --lora; `flux-sd lora` says which models it fits"
 
 
 def test_packings_that_are_not_read_are_shown_with_the_reason(

@@ -196,6 +196,8 @@ def _remarks(part: Part) -> Iterator[str]:
     if found.component == OTHER:
         names = ", ".join(found.names[:3]) + (", ..." if found.tensors > 3 else "")
         yield f"of no component: {printable(names)}"
+    elif found.component == "adapter" and found.dialect:
+        yield printable(f"{found}: give it with --lora; `flux-sd lora` says which models it fits")
     elif found.map is None:
         yield printable(f"{found}: this release does not load it")
     if part.problems:

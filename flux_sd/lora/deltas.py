@@ -217,26 +217,44 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
+def _cored(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
+    """left [rows, p], core [p, q, ...], right [q, columns] -> [rows, columns, ...]
+
+    Of products and views alone: an einsum imports more of torch to find a shape on meta.
+    """
+    made = (left @ core.flatten(1)).unflatten(1, core.shape[1:])  # [rows, q, ...]
+    return (made.movedim(1, -1) @ right).movedim(-1, 1)
+
+
 def _lora(given: Tensors) -> Delta:
     up, down = given["up"], given["down"]
     if "mid" in given:  # CP decomposition: the kernel stands in the middle
-        values = torch.einsum("pqkl,qi,op->oikl", given["mid"], _flat(down), _flat(up))
-        return Full(values.flatten(1))
+        return Full(_cored(_flat(up), given["mid"], _flat(down)).flatten(1))
     if up.shape[2:].numel() > 1:
         raise ValueError("the kernel of a convolution was expected in lora_down, not in lora_up")
-    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
-        raise ValueError("the ranks of lora_up and lora_down differ")
+    _check_pair(up, down)
     return LowRank(_flat(up), _flat(down))
+
+
+def _check_pair(up: Tensor, down: Tensor) -> None:
+    """By shapes alone: a product on meta would import half a second of torch."""
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+        raise ValueError("the ranks of the two factors differ")
 
 
 def _loha(given: Tensors) -> Delta:
     if "t1" in given or "t2" in given:
-        return Full(_flat(_hada(given, 1) * _hada(given, 2)))
+        one, two = _hada(given, 1), _hada(given, 2)
+        if one.shape != two.shape:
+            raise ValueError("the two sides differ in shape")
+        return Full(_flat(one if one.is_meta else one * two))  # on meta a product imports seconds of torch
     made = Hadamard(given["w1_a"], given["w1_b"], given["w2_a"], given["w2_b"])
-    if any(factor.ndim != 2 for factor in vars(made).values()):
-        raise ValueError("matrices were expected")
-    first, second = LowRank(made.a1, made.b1).matrix().shape, LowRank(made.a2, made.b2).matrix().shape
-    if first != second:
+    _check_pair(made.a1, made.b1)
+    _check_pair(made.a2, made.b2)
+    if (
+        any(factor.ndim != 2 for factor in vars(made).values())
+        or made.shape != Hadamard(made.a2, made.b2, made.a1, made.b1).shape
+    ):
         raise ValueError("the two sides differ in shape")
     return made
 
@@ -244,14 +262,14 @@ def _loha(given: Tensors) -> Delta:
 def _hada(given: Tensors, i: int) -> Tensor:
     a, b = given[f"w{i}_a"], given[f"w{i}_b"]
     if f"t{i}" in given:  # Tucker decomposition of a convolution
-        return torch.einsum("ijkl,jr,ip->prkl", given[f"t{i}"], b, a)
+        return _cored(a.t(), given[f"t{i}"], b)
     return a @ b
 
 
 def _lokr(given: Tensors) -> Delta:
     w1 = given["w1"] if "w1" in given else given["w1_a"] @ given["w1_b"]
     if "t2" in given:
-        w2 = torch.einsum("ijkl,ip,jr->prkl", given["t2"], given["w2_a"], given["w2_b"])
+        w2 = _cored(given["w2_a"].t(), given["t2"], given["w2_b"])
     else:
         w2 = given["w2"] if "w2" in given else given["w2_a"] @ _flat(given["w2_b"])
     if w1.ndim != 2 or w2.ndim < 2:
