@@ -58,8 +58,8 @@ FIELDS = (
 SOURCES = """Without --model, files of your own say which model they are of. Files may be .safetensors, .gguf
 or .ckpt, of which .safetensors is to be preferred: .ckpt files are pickles, which can hold programs. They
 are read by torch's weights-only unpickler alone, which runs none and refuses what it does not know."""
-ADAPTERS = """Files of any usual trainer. Each is applied completely or the run stops: `flux-sd lora FILE` says
-what it is and which models it fits. They act in the order given."""
+ADAPTERS = """Files of any usual trainer. Each is applied completely or the run stops: `flux-sd lora FILE`
+says what it is and which models it fits. They act in the order given."""
 
 
 def whole(text: str) -> int:
