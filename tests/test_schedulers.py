@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flux_sd.errors import RequestError
 from flux_sd.schedulers import SAMPLERS, SCHEDULES, NoiseSchedule, Sampler, check_pair, make_sampler
+from flux_sd.schedulers.lcm import Lcm
+from flux_sd.schedulers.levels import Levels
 from flux_sd.schedulers.noise import LEAST_ABAR
 from flux_sd.schedulers.sampler import METHODS
 
@@ -180,6 +182,20 @@ def test_a_number_of_steps_that_cannot_be_is_refused(steps: int) -> None:
         make_sampler("euler", RELEASED, "trailing", steps, "epsilon")
     with pytest.raises(RequestError, match="at most 50 steps"):
         make_sampler("lcm", RELEASED, "trailing", 51, "epsilon")
+
+
+def test_lcm_takes_every_step_that_it_was_distilled_on() -> None:
+    times = make_sampler("lcm", RELEASED, "trailing", 50, "epsilon").timesteps
+    assert times.tolist() == [20.0 * k - 1 for k in range(50, 0, -1)]
+
+
+def test_lcm_keeps_its_boundary_conditions() -> None:
+    """Equation 9: at time 0 the state itself; with the published constants, at 10 t = 0.5 half of it. The
+    times of a run are so large that a state has no part in what comes out."""
+    x, clean = values("oracle.x", SHAPE), values("oracle.clean", SHAPE)
+    for time, expected in ((0.0, x), (0.05, 0.5 * x + 0.5**0.5 * clean)):
+        solver = Lcm(Levels((time,), (0.9,), (1.0,)))
+        torch.testing.assert_close(solver.advance(0, x, clean, torch.zeros(SHAPE)), expected)
 
 
 REPEATING = [("leading", 999), ("leading", 1000), ("linspace", 1000)]

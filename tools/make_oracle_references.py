@@ -15,6 +15,7 @@ versions found go into the manifest; tests/test_oracle.py compares.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -67,8 +68,13 @@ def swapped(half: int) -> Take:
     return Take(((half, 2 * half), (0, half)))
 
 
-def give(model: nn.Module, sources: dict[str, Source], layout: str | None = None) -> None:
-    """Fills every parameter of `model` from our name and shape of it and the part taken.
+def give(
+    model: nn.Module,
+    sources: dict[str, Source],
+    layout: str | None = None,
+    scale: Callable[[str], float] = lambda name: 1.0,
+) -> None:
+    """Fills every parameter of `model` from our name and shape of it and the part taken, times its scale.
 
     `layout`: also writes which part of which of our tensors each of theirs is, and its shape there; weight
     maps are tested by it.
@@ -80,9 +86,8 @@ def give(model: nn.Module, sources: dict[str, Source], layout: str | None = None
         )
     with torch.no_grad():
         for name, (ours, shape, take) in sources.items():
-            parameters[name].copy_(
-                torch.from_numpy(take(weight(ours, shape)).copy()).view_as(parameters[name])
-            )
+            value = torch.from_numpy(take(weight(ours, shape, scale(ours))).copy())
+            parameters[name].copy_(value.view_as(parameters[name]))
     model.eval()
     if layout is not None:
         rows = {
@@ -336,6 +341,8 @@ def sd_autoencoder() -> dict[str, Tensor]:
 # ---------------------------------------------------------------- UNet
 
 UNET_WIDTHS, UNET_CONTEXT, UNET_POOLED = (32, 64, 64), 48, 24
+# What is added to a feature map, so small that the epsilons of the norms behind it show.
+UNET_SMALL = ("conv_in", "conv2", "conv_shortcut", "proj_out", "downsamplers", "upsamplers")
 UNET_SIZES = [[512.0, 768.0, 0.0, 16.0, 640.0, 1024.0], [48.0, 32.0, 8.0, 0.0, 48.0, 40.0]]
 
 
@@ -345,6 +352,7 @@ def unet(
     channels: int = 4,
     added: bool = False,
     size: tuple[int, int] = (8, 12),
+    small: bool = False,
     **config: object,
 ) -> dict[str, Tensor]:
     """Two images at different times in one batch. `depths`: transformer blocks by level, 0 for none."""
@@ -365,7 +373,8 @@ def unet(
         cross_attention_dim=UNET_CONTEXT,
         **config,
     )
-    give(model, {name: (name, tuple(p.shape), whole) for name, p in model.named_parameters()})
+    sources = {name: (name, tuple(p.shape), whole) for name, p in model.named_parameters()}
+    give(model, sources, scale=lambda name: 0.03 if small and set(UNET_SMALL) & set(name.split(".")) else 1.0)
     given = {"text_embeds": values("oracle.pooled", (2, UNET_POOLED)), "time_ids": torch.tensor(UNET_SIZES)}
     noise_pred = model(
         values("oracle.unet_latent", (2, channels, *size)),
@@ -432,6 +441,7 @@ def main() -> None:
             "unet_sd21": unet((1, 1, 0), (1, 2, 4), use_linear_projection=True, upcast_attention=True),
             "unet_sdxl": unet((0, 2, 3), (1, 2, 4), added=True, use_linear_projection=True),
             "unet_inpaint": unet((1, 1, 0), (4, 4, 4), channels=9),
+            "unet_small": unet((1, 1, 0), (4, 4, 4), small=True),
         }
     times, worst = schedules()
     for name, tensors in {**cases, "schedules": times}.items():

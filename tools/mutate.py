@@ -40,7 +40,9 @@ EVERY = (
     "tests/test_golden_autoencoder.py",
     "tests/test_golden_unet.py",
 )
-UNETS = tuple(f"{ORACLE}::test_networks_agree[unet_{kind}]" for kind in ("sdxl", "sd15", "sd21", "inpaint"))
+UNETS = tuple(
+    f"{ORACLE}::test_networks_agree[unet_{kind}]" for kind in ("sdxl", "sd15", "sd21", "inpaint", "small")
+)
 SAMPLERS = ("tests/test_golden_schedulers.py", "tests/test_schedulers.py")
 SCHEDULERS = (
     "noise", "spacing", "levels", "prediction", "ddim", "ddpm", "euler", "euler_ancestral",

@@ -52,6 +52,7 @@ EVIDENCE = {
     ("sd", "diffusers"): "tests/test_sd_maps.py::test_a_diffusers_folder_loads_without_a_problem[{key}]",
     ("sd", "single"): "tests/test_sd_maps.py::test_a_single_file_loads_without_a_problem[{key}]",
     ("sd", "gguf"): f"{HERE}::test_a_gguf_of_the_real_shapes_loads[{{key}}]",
+    ("sd", "lora"): f"{HERE}::test_an_adapter_finds_every_layer[{{key}}]",
     ("sd", "text"): f"{SD}::test_a_picture_of_the_asked_size_and_its_record[{{key}}]",
     ("sd", "picture"): f"{SD}::test_strength_0_is_the_autoencoder_alone_and_strength_1_is_without_the_picture"
     "[{key}]",
@@ -59,6 +60,7 @@ EVIDENCE = {
     ("flux", "diffusers"): f"{HERE}::test_a_transformer_of_the_real_shapes_loads[{{key}}-diffusers]",
     ("flux", "single"): f"{HERE}::test_a_transformer_of_the_real_shapes_loads[{{key}}-bfl]",
     ("flux", "gguf"): f"{HERE}::test_a_gguf_of_the_real_shapes_loads[{{key}}]",
+    ("flux", "lora"): f"{HERE}::test_an_adapter_finds_every_layer[{{key}}]",
     ("flux", "text"): "tests/test_flux_generation.py::test_a_picture_of_the_asked_size_and_its_record",
     ("flux", "picture"): f"{FLUX}::test_strength_0_is_the_autoencoder_alone_and_strength_1_is_without_the_"
     "picture[{key}]",
@@ -80,6 +82,7 @@ class Claims:
 
     layouts: tuple[str, ...]
     gguf: bool
+    lora: bool
     tasks: tuple[str, ...]
     samplers: tuple[str, ...]  # the default first
     default: str
@@ -92,11 +95,14 @@ def claims(version: SDVersion) -> Claims:
     found = tuple(dict.fromkeys(COLUMNS[dialect] for dialect in dialects(version)))
     layouts = tuple(name for name in found if name != "single" or info.sd is None or info.key in SINGLE_FILES)
     tasks = tuple(name for name, request in TASKS.items() if takes(version, request))
+    lora = bool(found)  # adapters are placed through the same maps
     if info.sd is None:
-        return Claims(layouts, True, tasks, (FLUX_SAMPLER,), FLUX_SAMPLER)
+        return Claims(layouts, True, lora, tasks, (FLUX_SAMPLER,), FLUX_SAMPLER)
     own = (info.sd.sampler, *(name for name in SAMPLERS if name != info.sd.sampler))
     samplers = tuple(name for name in own if takes(version, request_for(info, name)))
-    return Claims(layouts, "single" in found, tasks, samplers, f"{info.sd.sampler} ({info.sd.schedule})")
+    return Claims(
+        layouts, "single" in found, lora, tasks, samplers, f"{info.sd.sampler} ({info.sd.schedule})"
+    )
 
 
 def request_for(info: VersionInfo, sampler: str) -> GenerationRequest:
@@ -147,7 +153,7 @@ def schedules() -> dict[str, list[str]]:
 def evidence(version: SDVersion) -> list[str]:
     """The tests that cover every claim about a version."""
     info, made = version.info, claims(version)
-    said = [*made.layouts, *(("gguf",) if made.gguf else ()), *made.tasks]
+    said = [*made.layouts, *(("gguf",) if made.gguf else ()), *(("lora",) if made.lora else ()), *made.tasks]
     tests = [EVIDENCE[info.family, claim].format(key=info.key) for claim in said]
     if info.sd is None:
         return [*tests, EVIDENCE["flux", FLUX_SAMPLER]]
@@ -180,7 +186,7 @@ def row(version: SDVersion) -> tuple[str, ...]:
         yes[made.gguf],
         ", ".join(made.tasks),
         samplers,
-        "no",
+        yes[made.lora],
     )
 
 

@@ -39,6 +39,4 @@ class Lcm:
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
         denoised = out * clean + skip * x
-        if index + 1 == len(self.levels.times):
-            return denoised
         return after**0.5 * denoised + (1 - after) ** 0.5 * noise
