@@ -12,7 +12,6 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,8 +31,8 @@ OUT = ROOT / "flux_sd" / "models" / "tiny_flux" / "adapters"
 RANK, ALPHA = 8, 8.0
 RIM = 4  # pixels
 PASTEL = 0.5  # share of white in every colour
-LEARNED = 768  # pictures
-BATCH, RATE = 32, 3e-3
+LEARNED = 384  # pictures
+BATCH, RATE = 16, 3e-3
 # What of each block the adapter touches: the image stream, and the joined stream after it.
 DOUBLE = ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2")
 SINGLE = ("linear1", "linear2")
@@ -113,25 +112,28 @@ def diffusers(adapted: dict[str, LoraLinear], hidden: int) -> dict[str, Tensor]:
     return tensors
 
 
-def batches(
-    model: flux_sd.LoadedModel, pictures: Pictures, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless (codes [B,S,64], T5 states [B,L,C], CLIP's pooled [B,C]) of restyled training pictures."""
+@torch.no_grad()
+def learned(
+    model: flux_sd.LoadedModel, pictures: Pictures, count: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [N,S,64], T5 states [N,L,C], CLIP's pooled [N,C]) of restyled training pictures, each with one
+    caption."""
     parts, captions = model.components, Captions.of(pictures.names)
     generator, words = torch.Generator().manual_seed(seed), random.Random(seed)
     allowed = torch.tensor(pairs(pictures.names, held_out=False))
-    chosen = allowed[torch.randperm(len(allowed), generator=generator)[:LEARNED]]
+    chosen = allowed[torch.randperm(len(allowed), generator=generator)[:count]]
+    texts = [captions.draw(int(i), int(j), words) for i, j in chosen]
+    t5_ids = torch.tensor([parts.tokenizers["t5"].encode(text, T5_LENGTH).ids for text in texts])
+    clip_ids = torch.tensor([parts.tokenizers["clip"].encode(text, 77).ids for text in texts])
     vae, t5, clip = (parts.network(role) for role in ("vae", "t5", "clip"))
-    with torch.no_grad():
-        codes = torch.cat([pack(vae.encode(restyle(pictures, p[:, 0], p[:, 1]))) for p in chosen.split(16)])
-    while True:
-        rows = torch.randint(len(chosen), (BATCH,), generator=generator)
-        texts = [captions.draw(int(i), int(j), words) for i, j in chosen[rows]]
-        t5_ids = torch.tensor([parts.tokenizers["t5"].encode(text, T5_LENGTH).ids for text in texts])
-        clip_ids = torch.tensor([parts.tokenizers["clip"].encode(text, 77).ids for text in texts])
-        with torch.no_grad():
-            txt, vec = t5(t5_ids), clip(clip_ids).pooled
-        yield codes[rows], txt, vec
+    start, codes = time.monotonic(), []
+    for part in chosen.split(8):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            codes.append(pack(vae.encode(restyle(pictures, part[:, 0], part[:, 1])).float()))
+    txt = torch.cat([t5(ids) for ids in t5_ids.split(32)])
+    vec = torch.cat([clip(ids).pooled for ids in clip_ids.split(32)])
+    print(f"{count} pictures and captions encoded in {time.monotonic() - start:.0f} s", flush=True)
+    return torch.cat(codes), txt, vec
 
 
 def loss_of(transformer: nn.Module, x0: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
@@ -145,24 +147,28 @@ def loss_of(transformer: nn.Module, x0: Tensor, txt: Tensor, vec: Tensor) -> Ten
     return (velocity.float() - (noise - x0)).square().mean()
 
 
-def train(model: flux_sd.LoadedModel, pictures: Pictures, minutes: float) -> dict[str, LoraLinear]:
-    """Runs for `minutes`; the rate falls to 0 over the second half."""
+def train(
+    model: flux_sd.LoadedModel, pictures: Pictures, minutes: float, count: int
+) -> dict[str, LoraLinear]:
+    """Runs for `minutes`, encoding not counted; the rate falls to 0 over the second half."""
     torch.manual_seed(0)
+    codes, txt, vec = learned(model, pictures, count)
     transformer = model.components.network("transformer").requires_grad_(False)
     adapted = adapt(transformer)
-    learned = [tensor for module in adapted.values() for tensor in (module.down, module.up)]
-    optimiser = torch.optim.AdamW(learned, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    source, start, mean, step = batches(model, pictures), time.monotonic(), 0.0, 0
+    free = [tensor for module in adapted.values() for tensor in (module.down, module.up)]
+    optimiser = torch.optim.AdamW(free, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    start, mean, step = time.monotonic(), 0.0, 0
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
-        inputs = next(source)
+        rows = torch.randint(count, (BATCH,))
         with fast_blocks.in_use():
-            loss = loss_of(transformer, *inputs)
+            loss = loss_of(transformer, codes[rows], txt[rows], vec[rows])
         optimiser.zero_grad()
         loss.backward()
-        optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20, 2 * (1 - progress))
+        optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 10, 2 * (1 - progress))
         optimiser.step()
-        mean, step = loss.item() if step == 0 else 0.95 * mean + 0.05 * loss.item(), step + 1
-        if step % 20 == 0:
+        now, step = float(loss.detach()), step + 1
+        mean = now if step == 1 else 0.95 * mean + 0.05 * now
+        if step % 10 == 0:
             print(f"step {step} {progress:.0%} loss {mean:.4f}", flush=True)
     return adapted
 
@@ -173,16 +179,19 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True, help="cache of rendered pictures")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf; default: where Debian puts it")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--count", type=int, default=LEARNED, help="pictures that it learns from")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     pictures = render(arguments.font, arguments.pictures)
     with flux_sd.load_model("tiny-flux", device="cpu", dtype="float32", keep_loaded=True) as model:
-        adapted = train(model, pictures, arguments.minutes)
+        adapted = train(model, pictures, arguments.minutes, arguments.count)
         hidden = model.components.network("transformer").config.hidden_size
     arguments.out.mkdir(parents=True, exist_ok=True)
     trained = {"ss_network_dim": str(RANK), "ss_network_alpha": str(ALPHA)}
-    save_file(kohya(adapted), arguments.out / "sticker.safetensors", trained)
-    save_file(diffusers(adapted, hidden), arguments.out / "sticker-diffusers.safetensors")
+    half = {name: tensor.half() for name, tensor in kohya(adapted).items()}
+    save_file(half, arguments.out / "sticker.safetensors", trained)
+    half = {name: tensor.half() for name, tensor in diffusers(adapted, hidden).items()}
+    save_file(half, arguments.out / "sticker-diffusers.safetensors")
 
 
 if __name__ == "__main__":
