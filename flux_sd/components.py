@@ -48,6 +48,10 @@ class Changes(Protocol):
         """Changes a network that was just filled."""
         ...
 
+    def adapted(self, info: VersionInfo) -> VersionInfo:
+        """The version as its networks are then."""
+        ...
+
     def inputs(self, role: str) -> int | None:
         """How many input channels a network has then, where that changes."""
         ...
@@ -127,7 +131,7 @@ class Components:
         placement: where the networks run, and in which dtype. Closes no plan where it fails.
         """
         device, dtype = placement
-        self.info, self.numerics, self.options = info, numerics, options
+        self._info, self.numerics, self.options = info, numerics, options
         self._kinds, self._plans = networks, plans
         self._needs = {
             role: need(role, info, network, plans[role], dtype, options.decode)
@@ -148,6 +152,11 @@ class Components:
             parts = sorted(path.iterdir()) if path.is_dir() else [path]
             self._files[f"{role}_tokenizer"] = [describe_file(part) for part in parts if part.is_file()]
             self.tokenizers[role] = load_tokenizer(role, path)
+
+    @property
+    def info(self) -> VersionInfo:
+        """The version, as its networks are after any change."""
+        return self._info if self.changes is None else self.changes.adapted(self._info)
 
     def dtype_of(self, role: str) -> torch.dtype:
         """What the network of `role` computes in."""

@@ -27,7 +27,7 @@ from .flux_generation import FluxRun, generate_flux, plan_flux
 from .flux_loader import load_flux
 from .hub import cached, fetch, role_paths
 from .load_plan import DECODES, Decode
-from .lora.adapters import Adapters, Applied, Asked, as_loras, check_files, table_of
+from .lora.adapters import Adapters, Applied, Asked, as_loras, check_files, table_of, with_adapters
 from .lora.plan import Table
 from .model_files import ModelFiles, check_exists, check_roles, find_files, layout_of
 from .numerics import Numerics
@@ -284,10 +284,12 @@ def load_model(
 
 
 def check_request(
-    version: str | SDVersion | None, request: GenerationRequest, numerics: str | Numerics = "reference"
-) -> None:
-    """Refuses what the version cannot do, before any file is looked for. Raises RequestError."""
-    info = resolve_version(version).info
+    version: str | SDVersion | None, request: GenerationRequest, numerics: str | Numerics = "reference",
+    loras: Sequence[Asked] = (),
+) -> None:  # fmt: skip
+    """Refuses what the version, with these adapters, cannot do, before any other file is looked for. Raises
+    RequestError, AdapterError."""
+    info = with_adapters(resolve_version(version).info, as_loras(loras))
     FAMILIES[info.family].plan(info, request, _preset(numerics))
 
 

@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
         cancel = interrupt.token()
         request = _request(args)
         version = arguments.chosen_version(args, args.model)
-        check_request(version, request, args.numerics)
+        check_request(version, request, args.numerics, args.lora)
         output = Output(
             args.output, args.overwrite, args.batch, args.latents_out, request.preview_every is not None
         )

@@ -167,7 +167,7 @@ def _trace(args: argparse.Namespace, version: SDVersion, console: Console, cance
     from ..trace import trace
 
     request = _request(args, args.prompt)
-    check_request(version, request, args.numerics)
+    check_request(version, request, args.numerics, args.lora)
     bars = ProgressBars(console)
     try:
         with closing(_load(args, version, cancel, bars)) as model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..components import Network
 from ..errors import AdapterError
+from ..versions import VersionInfo
 from .adapter_file import AdapterFile
 from .deltas import DORA, Delta, Full
 from .edits import Edit, change, widen
@@ -113,6 +114,11 @@ class Adapters:
         """For the record of a picture."""
         return [entry.describe() for entry in self.applied]
 
+    def adapted(self, info: VersionInfo) -> VersionInfo:
+        """The version as they make it: with a control LoRA it follows a control picture."""
+        controlled = any(self.inputs(role) is not None for role in self.roles)
+        return replace(info, takes_control=True) if controlled else info
+
     def inputs(self, role: str) -> int | None:
         """How many input channels the first layer of a network is widened to, None for as many as it has."""
         wide = [e.plan.widened[role] for e in self.applied if e.strength and role in e.plan.widened]
@@ -166,6 +172,15 @@ def check_files(asked: Iterable[Lora]) -> None:
     """Refuses files that are no adapters before anything large is opened or fetched. Raises as `open`."""
     for lora in asked:
         AdapterFile.open(lora.file).close()
+
+
+def with_adapters(info: VersionInfo, asked: Iterable[Lora]) -> VersionInfo:
+    """As `Adapters.adapted`, told from the headers of files that were not held against a model yet."""
+    for lora in asked:
+        with AdapterFile.open(lora.file) as file:
+            if file.is_control and lora.strength != 0:
+                return replace(info, takes_control=True)
+    return info
 
 
 def describe(path: Path) -> dict[str, Any]:
