@@ -47,7 +47,7 @@ class Edit(NamedTuple):
 
     def begin(self, noise: Tensor, time: float) -> Tensor:
         """noise [B,S,64] packed -> the latents at `time`. At 1 nothing of the picture is in them."""
-        return noise if self.start is None or time == 1.0 else (1 - time) * self.start + time * noise
+        return noise if self.start is None else (1 - time) * self.start + time * noise
 
     def keep(self, latents: Tensor, time: float, noise: Tensor) -> Tensor:
         """Latents [B,S,64] after a step to `time` -> the same with what the mask keeps given back."""

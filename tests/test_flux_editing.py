@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux_sd import flux_editing, flux_generation
-from flux_sd.flux_editing import Edit
+from flux_sd.canvas import fit_canvas
+from flux_sd.flux_editing import Edit, to_encode
 from flux_sd.flux_loader import EncodedText
 from flux_sd.model_loader import Model
 from flux_sd.request import GenerationRequest
@@ -138,6 +139,18 @@ def test_every_kind_of_input_is_among_the_cases() -> None:
     assert expected("control")["step.0.img"].shape == (1, 12, 128)
     assert expected("kontext")["step.0.img"].shape == (1, 12 + 10, 64)
     assert expected("kontext")["img_ids"][12:, 0].eq(1).all()
+
+
+def test_nothing_is_encoded_that_nobody_reads() -> None:
+    """A picture of which nothing is left, and that which Fill reads only with a hole."""
+    for key, strength, names in (
+        ("flux-dev", 1.0, []), ("flux-dev", 0.99, ["init.latents"]), ("flux-fill", 1.0, ["masked.latents"]),
+        ("flux-fill", 0.99, ["init.latents", "masked.latents"]),
+    ):  # fmt: skip
+        info = editing_info(key)
+        white = mask() if info.is_inpainting else None
+        canvas = fit_canvas(info, GenerationRequest("", init_image=picture(), mask=white), cell=8)
+        assert list(to_encode(info, canvas, strength)) == names
 
 
 # What a wrong edit would do: each must be noticed in its case, or the comparison above would be worthless.

@@ -30,7 +30,6 @@ from flux_sd.model_files import check_roles
 from flux_sd.model_loader import Model, check_request
 from flux_sd.numerics import candle, reference
 from flux_sd.request import GenerationRequest
-from flux_sd.sampling import begin_at, get_schedule
 from flux_sd.trace import stages, trace
 from flux_sd.versions import KONTEXT_SIZES, SDVersion
 
@@ -100,15 +99,6 @@ def test_a_run_starts_at_exactly_its_strength(key: str, steps: int, model_of: Fi
         assert all(before - after > 1e-6 for before, after in itertools.pairwise(times))
         counts.append(len(times) - 1)
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == steps
-
-
-def test_a_start_on_the_grid_leaves_no_tiny_step() -> None:
-    for steps, tokens in ((5, None), (10, None), (28, 4096)):
-        times = get_schedule(steps, tokens)
-        for index in range(steps):
-            rounded = float(torch.tensor(times[index]))  # through float32, as a number typed would be
-            assert len(begin_at(times, rounded)) == steps + 1 - index
-    assert begin_at([1.0, 0.5, 0.0], 0.0) == [0.0] and begin_at([1.0, 0.5, 0.0], 0.6) == [0.6, 0.5, 0.0]
 
 
 def test_strength_acts_evenly_with_four_steps(tiny_flux: flux_sd.LoadedModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux_sd.sampling import State, denoise, get_noise, get_schedule, pack, unpack
+from flux_sd.sampling import State, begin_at, denoise, get_noise, get_schedule, pack, unpack
 
 
 def test_noise_is_a_function_of_seed_and_size_alone() -> None:
@@ -89,3 +89,17 @@ def test_denoise_does_not_leak_inference_mode_to_its_caller() -> None:
     state = State.new(torch.zeros(1, 5, 8), torch.zeros(1, 3), torch.randn(1, 16, 4, 6))
     for _ in denoise(Straight(torch.zeros(1, 6, 64)), state, get_schedule(2), None):
         assert not torch.is_inference_mode_enabled()
+
+
+def test_a_start_on_the_grid_leaves_no_tiny_step() -> None:
+    for steps, tokens in ((5, None), (10, None), (28, 4096)):
+        times = get_schedule(steps, tokens)
+        for index in range(steps):
+            rounded = float(torch.tensor(times[index]))  # through float32, as a number typed would be
+            assert len(begin_at(times, rounded)) == steps + 1 - index
+    times = [1.0, 1.0 - 1e-9, 0.0]  # as a schedule of very many tokens begins
+    assert begin_at(times, 1.0) == times and begin_at(times, 1e-6) == [1e-6]
+    times = [1.0, 0.5, 0.0]
+    assert begin_at(times, 0.0) == [0.0] and begin_at(times, 1.0) == times
+    assert begin_at(times, 0.6) == [0.6, 0.5, 0.0] and begin_at(times, 0.5000005) == [0.5000005, 0.0]
+    assert begin_at(times, 0.500005) == [0.500005, 0.5, 0.0]

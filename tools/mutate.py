@@ -33,6 +33,7 @@ TABLE = ROOT / "docs" / "mutants.md"
 EQUIVALENT = ROOT / "tools" / "mutants" / "equivalent.toml"
 ORACLE = "tests/test_oracle.py"
 FLUX = ("tests/test_golden_flux.py", ORACLE)
+EDITING = "tests/test_flux_editing.py"
 EVERY = (
     *FLUX,
     "tests/test_golden_t5.py",
@@ -54,7 +55,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "flux_sd/t5.py": ("tests/test_golden_t5.py", ORACLE, "tests/test_networks.py"),
     "flux_sd/clip.py": ("tests/test_golden_clip.py", ORACLE),
     "flux_sd/autoencoder.py": ("tests/test_golden_autoencoder.py", ORACLE),
-    "flux_sd/sampling.py": ("tests/test_golden_sampling.py", ORACLE, "tests/test_sampling.py"),
+    "flux_sd/sampling.py": ("tests/test_golden_sampling.py", "tests/test_sampling.py", EDITING, ORACLE),
+    "flux_sd/flux_editing.py": (EDITING,),
     "flux_sd/ops.py": EVERY,
     "flux_sd/unet.py": (*UNETS, "tests/test_golden_unet.py"),
     **{f"flux_sd/schedulers/{name}.py": SAMPLERS for name in SCHEDULERS},
