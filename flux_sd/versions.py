@@ -62,7 +62,15 @@ SDXL_PREVIEW: RgbMap = (
 )
 SDXL_PREVIEW_BIAS = (0.1084, -0.0175, -0.0011)
 
-# The same for the embedded model, by least squares over its training pictures (tools/train_tiny_flux.py).
+# The same for the embedded models, by least squares over their training pictures (tools/train_tiny_flux.py,
+# tools/train_tiny_sd.py).
+TINY_SD_PREVIEW: RgbMap = (
+    (0.1282, -0.2235, 0.1108),
+    (-0.0347, 0.0225, 0.2018),
+    (0.0859, 0.1243, 0.4151),
+    (-0.5483, -0.2840, -0.1970),
+)
+TINY_SD_PREVIEW_BIAS = (0.1585, 0.0035, -0.0920)
 TINY_FLUX_PREVIEW: RgbMap = (
     (-0.0570, 0.0003, -0.1192),
     (-0.0596, -0.0059, -0.0129),
@@ -486,7 +494,8 @@ TINY_SD = VersionInfo(
     licence="Apache-2.0",
     parameters={"unet": 3_275_300, "clip": 406_144, "vae": 1_250_759},
     aliases=("tinysd",),
-    preview=SD_PREVIEW,
+    preview=TINY_SD_PREVIEW,
+    preview_bias=TINY_SD_PREVIEW_BIAS,
     sd=SdConfigs(
         UNetConfig.tiny_sd(),
         ClipTextConfig.tiny_sd(),
