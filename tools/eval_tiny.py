@@ -45,7 +45,7 @@ class Report:
 
 def to_pixels(image: Image.Image) -> Tensor:
     """A picture -> [3,H,W] in -1..1"""
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def paint_all(model: flux_sd.LoadedModel, captions: list[str], asked: GenerationRequest) -> Tensor:

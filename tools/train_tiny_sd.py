@@ -4,9 +4,9 @@
     python tools/train_tiny_sd.py --state DIR --stage diffusion --minutes 48
     python tools/train_tiny_sd.py --state DIR --stage export
 
-Every stage resumes from what it finds in DIR. The shipped weights took 20 minutes on two Zen 4 cores and 48 on one
-of them, beside other work: 1,116 steps of 8 whole pictures, then 1,954 steps of 96 captions. (The first 220 of
-these gave the noisiest steps more weight still.)
+Every stage resumes from what it finds in DIR. The shipped weights took 20 minutes on two Zen 4 cores and 48
+on one of them, beside other work: 1,116 steps of 8 whole pictures, then 1,954 steps of 96 captions. (The
+first 220 of these gave the noisiest steps more weight still.)
 """
 
 import argparse
