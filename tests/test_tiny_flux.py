@@ -28,7 +28,9 @@ REQUEST = GenerationRequest(prompt="a slice of pizza on a blue background", seed
 def test_the_folder_is_an_ordinary_small_bfl_checkpoint() -> None:
     sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
     quantized = sum(size for path, size in sizes.items() if path.suffix == ".gguf")
-    assert quantized <= 10_500_000 and sum(sizes.values()) - quantized <= 32_000_000
+    adapters = sum(size for path, size in sizes.items() if path.parent.name == "adapters")
+    assert quantized <= 10_500_000 and adapters <= 1_000_000
+    assert sum(sizes.values()) - quantized - adapters <= 32_000_000
     wanted = {
         "flux_mmdit": "flux1-tiny.safetensors",
         "autoencoder": "ae.safetensors",

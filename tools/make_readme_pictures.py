@@ -45,6 +45,12 @@ def mask() -> Image.Image:
     return made
 
 
+def framed(picture: Image.Image) -> Image.Image:
+    """With a grey line around, where white would melt into the page."""
+    ImageDraw.Draw(picture).rectangle((0, 0, picture.width - 1, picture.height - 1), outline="grey")
+    return picture
+
+
 def tasks(model: flux_sd.LoadedModel) -> list[tuple[str, Image.Image]]:
     """Label and picture of each task."""
     text = model.generate(GenerationRequest(prompt=FIRST, seed=1))[0].image
@@ -55,7 +61,7 @@ def tasks(model: flux_sd.LoadedModel) -> list[tuple[str, Image.Image]]:
     return [
         ("pizza, blue", text),
         (f"apple, white; {STRENGTH}", other),
-        ("mask", mask().convert("RGB")),
+        ("mask", framed(mask().convert("RGB"))),
         ("rocket under it", repainted),
     ]
 

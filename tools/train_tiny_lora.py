@@ -28,6 +28,10 @@ from flux_sd.sampling import State, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "flux_sd" / "models" / "tiny_flux" / "adapters"
+PROVENANCE = (
+    "flux_sd sticker adapter for tiny-flux, made by tools/train_tiny_lora.py from renderings of Noto Color Emoji"
+    " (SIL Open Font License 1.1)"
+)
 RANK, ALPHA = 8, 8.0
 RIM = 4  # pixels
 PASTEL = 0.5  # share of white in every colour
@@ -188,10 +192,15 @@ def main() -> None:
         hidden = model.components.network("transformer").config.hidden_size
     arguments.out.mkdir(parents=True, exist_ok=True)
     trained = {"ss_network_dim": str(RANK), "ss_network_alpha": str(ALPHA)}
-    half = {name: tensor.half() for name, tensor in kohya(adapted).items()}
-    save_file(half, arguments.out / "sticker.safetensors", trained)
-    half = {name: tensor.half() for name, tensor in diffusers(adapted, hidden).items()}
-    save_file(half, arguments.out / "sticker-diffusers.safetensors")
+    save(kohya(adapted), arguments.out / "sticker.safetensors", trained)
+    save(diffusers(adapted, hidden), arguments.out / "sticker-diffusers.safetensors", {})
+
+
+def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """In float16, with where it comes from."""
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(half, path, {"format": "pt", "source": PROVENANCE, **metadata})
+    path.chmod(0o644)  # safetensors writes for the owner alone
 
 
 if __name__ == "__main__":
