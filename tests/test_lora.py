@@ -20,9 +20,10 @@ from flux_sd.errors import AdapterError, MissingFileError
 from flux_sd.lora.adapter_file import AdapterFile
 from flux_sd.lora.adapters import Adapters, Lora
 from flux_sd.lora.deltas import Full, Hadamard, Kronecker, LowRank
-from flux_sd.lora.edits import merge, widen
+from flux_sd.lora.edits import Edit, merge, widen
 from flux_sd.lora.names import Target, names_of
 from flux_sd.lora.plan import Table
+from flux_sd.lora.side_branch import AdaptedLinear
 
 FLUX_STATE, UNET_STATE = PARTS["transformer"].state, PARTS["unet"].state
 
@@ -588,7 +589,6 @@ def close_tensors(got: Tensor, wanted: Tensor) -> None:
 def test_merging_needs_no_whole_change_beside_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row blocks give what one product gives, whatever their size."""
     from flux_sd.lora import deltas
-    from flux_sd.lora.edits import Edit
 
     delta, weight = LowRank(torch.randn(50, 3), torch.randn(3, 40)), torch.randn(50, 40)
     wanted = weight + delta.matrix()
@@ -605,3 +605,53 @@ def test_names_with_underscores_are_looked_up_whole() -> None:
     assert names.find("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out", flat=True) is None
     assert names.find("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0", flat=False) is None
     assert UNET.depths == (1, 0, 0, 0) and CLIP.num_hidden_layers == 2
+
+
+def random_edits(*kinds: str) -> list[Edit]:
+    """Changes of a layer of 48 x 64, of some rows each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    made = {
+        "lora": lambda: Edit(16, LowRank(random(32, 3), random(3, 64)), 0.7),
+        "dora": lambda: Edit(8, LowRank(random(24, 3), random(3, 64)), 0.5, magnitudes=random(24).abs() + 1),
+        "dora of inputs": lambda: Edit(
+            0, LowRank(random(48, 3), random(3, 64)), 0.5, magnitudes=random(64).abs() + 1, axis=1
+        ),
+        "values": lambda: Edit(40, Full(random(8, 64)), 1.0, replaces=True),
+    }
+    return [made[kind]() for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("lora",),
+        ("dora",),
+        ("dora of inputs",),
+        ("values",),
+        ("lora", "dora", "lora", "dora"),
+        ("dora", "values", "dora of inputs", "dora", "lora"),
+    ],
+)
+@pytest.mark.parametrize("block", [64 * 4 * 5, 2**25])
+def test_changes_beside_stored_rows_are_those_of_the_weight(
+    kinds: tuple[str, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flux_sd.gguf_quantize import quantize
+    from flux_sd.lora import deltas
+    from flux_sd.quantized import PackedRows, QuantizedLinear
+
+    monkeypatch.setattr(deltas, "BLOCK_BYTES", block)
+    weights = [torch.randn(20, 64), torch.randn(28, 64)]  # of two tensors of the file
+    parts = [PackedRows(quantize(w, "Q8_0"), "Q8_0", None, (len(w), 64)) for w in weights]
+    bias, x = torch.randn(48), torch.randn(3, 5, 64)
+    layer = AdaptedLinear(QuantizedLinear(parts, bias.clone(), torch.float32), random_edits(*kinds))
+    values = torch.cat([part.decode(torch.float32) for part in parts])
+    for edit in random_edits(*kinds):
+        edit.apply(values)
+    assert (layer.effective(0, 48) - values).abs().max() < 1e-4
+    assert (layer.effective(13, 30) - values[13:43]).abs().max() < 1e-4
+    assert (layer(x) - torch.nn.functional.linear(x, values, bias)).abs().max() < 1e-3
