@@ -16,7 +16,7 @@ from .errors import RequestError
 from .model_files import FLUX, LAYOUTS, Layout, differences, find_scheduler, listed, one_checkpoint, search
 from .sd_loader import config_beside, read_json, told_prediction
 from .sniff import OTHER, Found, sniff
-from .versions import SdConfigs, SDVersion
+from .versions import SDVersion, configs_of
 
 SAMPLERS = {  # of the classes that released configs name
     "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
@@ -128,15 +128,10 @@ def _companions(
     size = config_beside(path, "UNet2DConditionModel").get("sample_size")
     predicts = None if told is None else told[0]
     return [
-        lambda version: _agrees(predicts, _configs(version).prediction),
-        lambda version: _agrees(sampler, _configs(version).sampler),
+        lambda version: _agrees(predicts, configs_of(version.info).prediction),
+        lambda version: _agrees(sampler, configs_of(version.info).sampler),
         lambda version: _agrees(size, version.info.width // 8),
     ]
-
-
-def _configs(version: SDVersion) -> SdConfigs:
-    assert version.info.sd is not None, "only UNets fit several versions"
-    return version.info.sd
 
 
 def _agrees(told: Any, own: Any) -> bool | None:

@@ -105,9 +105,16 @@ def plan_flux(info: VersionInfo, request: GenerationRequest, numerics: Numerics)
     _check_ranges(plan)
     if request.latents is not None:
         check_latents(request.latents, plan.batch, latent_shape(plan))
-    unused = plan.strength == 1.0 and canvas.picture is not None and canvas.mask is None
-    notes = (*canvas.notes, UNUSED_PICTURE) if unused else canvas.notes
-    return replace(plan, canvas=canvas._replace(notes=notes))
+    notes = _notes(info, plan, guided=request.guidance is not None)
+    return replace(plan, canvas=canvas._replace(notes=(*canvas.notes, *notes)))
+
+
+def _notes(info: VersionInfo, plan: FluxPlan, guided: bool) -> Iterator[str]:
+    """What a user should know of the plan. guided: whether the request names a guidance."""
+    if plan.strength == 1.0 and plan.canvas.picture is not None and plan.canvas.mask is None:
+        yield UNUSED_PICTURE
+    if info.guidance_note and plan.guidance is not None and not guided:
+        yield f"guidance is {plan.guidance:g}, the default of {info.key}: {info.guidance_note}"
 
 
 def _or(value: int | None, default: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ from . import image
 from .clip import ClipOutput
 from .request import CancelToken, Complete, GenerationRequest, Result, Step
 from .schedulers import Sampler, make_sampler
-from .sd_loader import LoadedSd
+from .schedulers.sampler import METHODS
+from .sd_loader import Diffusion, LoadedSd
 from .sd_plan import first_step, latent_shape, plan_sd
 from .stages import Stages, Tap
 from .steps import NoiseSource, OnEvent, cancellable, check_finite, check_latents
+from .versions import VersionInfo, configs_of
 
 CLIP_LENGTH = 77
 NAMES = {"clip": "CLIP", "clip_2": "CLIP 2"}
@@ -62,6 +65,7 @@ class SdRun:
     ) -> None:
         components, self.diffusion = loaded
         self.components, self.info = components, components.info
+        request = as_configured(self.diffusion, self.info, request)
         self.plan = plan = plan_sd(self.info, request, components.numerics)
         self.stages = Stages(components, on_event, cancel, tap)
         self.stages.notes += plan.notes
@@ -360,6 +364,14 @@ def guide(uncond: Tensor, cond: Tensor, guidance: float, rescale: float = 0.0) -
         return guided
     spread, wanted = (part.std(dim=(1, 2, 3), keepdim=True) for part in (guided, cond))
     return rescale * (guided * (wanted / spread)) + (1 - rescale) * guided
+
+
+def as_configured(diffusion: Diffusion, info: VersionInfo, request: GenerationRequest) -> GenerationRequest:
+    """The request with the schedule that the model's own config names, where it names none itself and its
+    sampler takes it: models with zero terminal SNR, for one, have to begin at the last training step."""
+    sampler = request.sampler or configs_of(info).sampler
+    takes = sampler in METHODS and diffusion.schedule in METHODS[sampler].schedules
+    return replace(request, schedule=diffusion.schedule) if request.schedule is None and takes else request
 
 
 def generate_sd(

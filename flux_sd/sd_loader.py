@@ -7,6 +7,7 @@ families do alike is in `components.py`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,10 +24,10 @@ from .components import LOAD_OPTIONS, Components, LoadOptions, Network, Tokenize
 from .errors import CheckpointError, RequestError
 from .model_files import ModelFiles, check_roles, config_of, layout_of
 from .numerics import Numerics
-from .schedulers import PREDICTIONS, NoiseSchedule, Prediction
+from .schedulers import PREDICTIONS, SCHEDULES, NoiseSchedule, Prediction
 from .text import CLIP_END, ClipTokenizer
 from .unet import SIZE_WIDTH, UNet, UNetConfig
-from .versions import SdConfigs, VersionInfo
+from .versions import VersionInfo, configs_of
 
 PAD = "!"  # fills up the prompts of OpenCLIP's encoders: the vocabulary's first token
 NOTHING: Mapping[str, Any] = {}
@@ -64,6 +65,7 @@ class Diffusion:
     prediction: Prediction
     noise: NoiseSchedule
     how: str  # "the scheduler's config", "as asked", ...
+    schedule: str | None = None  # that the scheduler's config names, for requests that name none
 
 
 class LoadedSd(NamedTuple):
@@ -138,7 +140,7 @@ def networks_of(info: VersionInfo, numerics: Numerics, files: ModelFiles | None 
 
 def unet_config(info: VersionInfo, numerics: Numerics, stored: Mapping[str, Any] = NOTHING) -> UNetConfig:
     """The version's UNet as `numerics` computes it; `stored`: config.json beside its weights."""
-    own = _configs(info).unet
+    own = configs_of(info).unet
     in_float32 = own.float32_attention or bool(stored.get("upcast_attention"))
     config = replace(own, geglu=numerics.geglu, float32_attention=in_float32)
     return config if numerics.sdxl_added else replace(config, added_dim=None)
@@ -148,16 +150,22 @@ def vae_config(
     info: VersionInfo, numerics: Numerics, stored: Mapping[str, Any] = NOTHING
 ) -> AutoEncoderConfig:
     """The version's autoencoder with the scale of latents that `numerics` takes, else that of `stored`, the
-    config.json beside its weights, else the version's."""
-    config = _configs(info).vae
+    config.json beside its weights, else the version's. Raises CheckpointError for a scale that is none."""
+    config = configs_of(info).vae
     if numerics.sdxl_scale is not None and info.is_xl and info.guidance is not None:  # Turbo has no guidance
         return replace(config, scale_factor=numerics.sdxl_scale)
-    return replace(config, scale_factor=float(stored.get("scaling_factor", config.scale_factor)))
+    scale = stored.get("scaling_factor")
+    if scale is None:
+        return config
+    if not _is_number(scale) or not 0 < scale < math.inf:
+        raise CheckpointError(
+            f"{stored['file']} says scaling_factor {scale!r}, a number above 0 was expected"
+        )
+    return replace(config, scale_factor=float(scale))
 
 
-def _configs(info: VersionInfo) -> SdConfigs:
-    assert info.sd is not None, f"{info.key} is no Stable Diffusion version"
-    return info.sd
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _module(config: Any, numerics: Numerics) -> nn.Module:
@@ -261,7 +269,7 @@ def diffusion(
     RequestError where nothing says, CheckpointError for noise that is not built."""
     config = {} if files.scheduler is None else read_json(files.scheduler)
     told = told_prediction(config, unet, asked)
-    sd = _configs(info)
+    sd = configs_of(info)
     is_sd2_inpainting = info.is_inpainting and sd.unet.float32_attention  # which only the 2.x networks need
     if asked is None and numerics.sd2_inpaint is not None and is_sd2_inpainting:
         told = numerics.sd2_inpaint, f"{numerics.name} numerics"
@@ -273,7 +281,9 @@ def diffusion(
             "yaml file beside it says: give --prediction v_prediction (the released model of 768 pixels) or "
             "--prediction epsilon (that of 512)"
         )
-    return Diffusion(told[0], _noise(config, unet, files.scheduler), told[1])
+    spacing = config.get("timestep_spacing")
+    schedule = spacing if spacing in SCHEDULES else None
+    return Diffusion(told[0], _noise(config, unet, files.scheduler), told[1], schedule)
 
 
 def told_prediction(
@@ -326,8 +336,9 @@ def _noise(config: Mapping[str, Any], unet: Checkpoint, file: Path | None) -> No
     kind = config.get("beta_schedule", "scaled_linear")
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     steps = config.get("num_train_timesteps", 1000)
-    numbers = all(isinstance(value, int | float) for value in (start, end)) and isinstance(steps, int)
-    if kind not in ("scaled_linear", "linear") or config.get("trained_betas") is not None or not numbers:
+    numbers = all(map(_is_number, (start, end, steps))) and isinstance(steps, int)
+    possible = numbers and 0 < start <= end < 1 <= steps
+    if kind not in ("scaled_linear", "linear") or config.get("trained_betas") is not None or not possible:
         raise CheckpointError(
             f"{file} has betas ({kind!r}, from {start} to {end} in {steps} steps) that are not built: "
             "scaled_linear and linear ones are"

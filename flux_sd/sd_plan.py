@@ -23,7 +23,7 @@ from .request import GenerationRequest
 from .schedulers import SCHEDULES, check_pair
 from .schedulers.sampler import METHODS
 from .steps import MAX_BATCH, check_latents, check_ranges, choose_seed, refuse_fields
-from .versions import SdConfigs, VersionInfo
+from .versions import VersionInfo, configs_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,12 +97,6 @@ def plan_sd(info: VersionInfo, request: GenerationRequest, numerics: Numerics) -
     )
     _check_plan(info, plan)
     return plan if _uses_picture(plan) else replace(plan, notes=(*plan.notes, UNUSED_PICTURE))
-
-
-def configs_of(info: VersionInfo) -> SdConfigs:
-    """The networks of a Stable Diffusion version."""
-    assert info.sd is not None, f"{info.key} is no Stable Diffusion version"
-    return info.sd
 
 
 def _steps(info: VersionInfo, request: GenerationRequest, numerics: Numerics, strength: float | None) -> int:

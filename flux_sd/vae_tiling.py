@@ -1,4 +1,4 @@
-"""The autoencoder in tiles, for large pictures: a fraction of the memory and the same picture. Floor 2.
+"""The autoencoder in tiles, for large pictures: a fraction of the memory and the same picture. Floor 3.
 
 A tile is a band of rows over the whole width. The usual tiling runs the whole decoder on one square after
 another and blends them where they overlap: then each square is normalised by itself, and the picture changes.

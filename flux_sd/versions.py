@@ -211,6 +211,7 @@ class VersionInfo:
     takes_control: bool = False  # follows lines or depths: reads `control_image`
     takes_reference: bool = False  # changes a picture as the prompt says: reads `reference`
     reference_sizes: tuple[tuple[int, int], ...] = ()  # width, height that `reference` is resized to one of
+    guidance_note: str = ""  # what to say of the default where a request takes it
     variant: str | None = None  # what `--variant` calls it
     variant_of: str | None = None  # the key of the version that it is one of
     shares_tensors: bool = False  # with another version, which is meant where neither name nor config says
@@ -219,6 +220,12 @@ class VersionInfo:
     @property
     def built(self) -> bool:
         return self.flux is not None or self.sd is not None
+
+
+def configs_of(info: VersionInfo) -> SdConfigs:
+    """The networks of a Stable Diffusion version."""
+    assert info.sd is not None, f"{info.key} is no Stable Diffusion version"
+    return info.sd
 
 
 FLUX_ENCODERS = {"t5": 4_762_310_656, "clip": 123_060_480, "vae": 83_819_683}

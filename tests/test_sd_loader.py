@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flux_sd.components import LoadOptions
 from flux_sd.device import choose_device
-from flux_sd.errors import AmbiguousFileError, MissingFileError, RequestError, WeightMapError
+from flux_sd.errors import AmbiguousFileError, CheckpointError, MissingFileError, RequestError, WeightMapError
 from flux_sd.model_files import find_files
 from flux_sd.model_loader import load_model, sd_model
 from flux_sd.numerics import reference
@@ -315,3 +315,57 @@ def test_files_for_parts_that_a_version_does_not_have(tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=says):
             load_model(key, **given)  # type: ignore[arg-type]
+
+
+# numbers in configs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["x", 0, -0.2, True, float("inf"), [1]])
+def test_a_scale_that_is_none_is_refused(value: object, tmp_path: Path) -> None:
+    info = sd.small_info(SDVersion.SD15)
+    folder = sd.write_folder(tmp_path / "m", info)
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": value}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"vae/config.json says scaling_factor .*a number above 0"):
+        sd.open_model(folder, info)
+
+
+def test_a_scale_of_null_says_nothing(tmp_path: Path) -> None:
+    info = sd.small_info(SDVersion.SD15)
+    folder = sd.write_folder(tmp_path / "m", info)
+    (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": null}')
+    with sd.open_model(folder, info) as model:
+        assert model.components.config("vae").scale_factor == 0.18215
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_train_timesteps": -5}, {"num_train_timesteps": True}, {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10.5}, {"beta_start": -1}, {"beta_start": 0}, {"beta_end": float("inf")},
+        {"beta_start": 0.02}, {"beta_end": "x"}, {"beta_end": 1.5},
+    ],
+)  # fmt: skip
+def test_betas_that_cannot_be_are_refused(fields: dict[str, object], tmp_path: Path) -> None:
+    info = sd.small_info(SDVersion.SD15)
+    folder = sd.write_folder(tmp_path / "m", info, scheduler=fields)
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json has betas .*are not built"):
+        sd.open_model(folder, info)
+
+
+def test_the_schedule_that_a_config_names_is_taken_where_none_is_asked_for(tmp_path: Path) -> None:
+    info = sd.small_info(SDVersion.SD15)
+    zero = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    folder = sd.write_folder(tmp_path / "m", info, scheduler=zero)
+    request = GenerationRequest("a", seed=1)
+    with sd.open_model(folder, info, keep_loaded=True) as model:
+        (result,) = model.generate(request)
+        assert result.metadata["schedule"] == "trailing" and result.metadata["zero_terminal_snr"]
+        (asked,) = model.generate(replace(request, schedule="leading"))
+        assert asked.metadata["schedule"] == "leading"
+        # a sampler that knows other schedules keeps its own
+        (lcm,) = model.generate(replace(request, sampler="lcm"))
+        assert lcm.metadata["schedule"] == "trailing"
+    plain = sd.write_folder(tmp_path / "plain", info, scheduler={"timestep_spacing": "somewhere"})
+    with sd.open_model(plain, info) as model:
+        assert model.generate(request)[0].metadata["schedule"] == "leading"

@@ -29,8 +29,8 @@ from flux_sd.sampling import State, pack
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "flux_sd" / "models" / "tiny_flux" / "adapters"
 PROVENANCE = (
-    "flux_sd sticker adapter for tiny-flux, made by tools/train_tiny_lora.py from renderings of Noto Color Emoji"
-    " (SIL Open Font License 1.1)"
+    "flux_sd sticker adapter for tiny-flux, made by tools/train_tiny_lora.py from renderings of Noto Color"
+    " Emoji (SIL Open Font License 1.1)"
 )
 RANK, ALPHA = 8, 8.0
 RIM = 4  # pixels

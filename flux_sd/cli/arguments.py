@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os.path
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ SOURCES = """Without --model, files of your own say which model they are of. Fil
 or .ckpt, of which .safetensors is to be preferred: .ckpt files are pickles, which can hold programs. They
 are read by torch's weights-only unpickler alone, which runs none and refuses what it does not know."""
 ADAPTERS = """Files of any usual trainer. Each is applied completely or the run stops: `flux-sd lora FILE`
-says what it is and which models it fits. They act in the order given."""
+says what it is and which models it fits. They act in the order given. One with DoRA goes STRENGTH of the
+way from the old weight to its own."""
 
 
 def whole(text: str) -> int:
@@ -105,7 +107,7 @@ def prompt(text: str) -> str:
 def lora(text: str) -> tuple[Path, float | None]:
     """FILE or FILE:STRENGTH; a colon with no number behind it belongs to the file's name."""
     file, colon, number = text.rpartition(":")
-    if colon and file and not Path(text).exists():
+    if colon and file and not os.path.exists(text):  # no error for a name that is too long
         try:
             return Path(file), float(number)
         except ValueError:

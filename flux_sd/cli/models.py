@@ -70,6 +70,8 @@ def describe(version: SDVersion) -> dict[str, Any]:
         "guidance": info.guidance,
         "t5_length": info.t5_length,
         "inpainting": info.is_inpainting,
+        "takes_control": info.takes_control,
+        "takes_reference": info.takes_reference,
         "sampler": getattr(info.sd, "sampler", None),
         "schedule": getattr(info.sd, "schedule", None),
         "prediction": getattr(info.sd, "prediction", None),
@@ -146,6 +148,10 @@ def details(entry: dict[str, Any]) -> str:
         lines.append(f"  predicts       {entry['prediction'] or UNTOLD}")
     if entry["inpainting"]:
         lines.append("  needs          --init-image and --mask")
+    if entry["takes_control"]:
+        lines.append("  needs          --control-image")
+    if entry["takes_reference"]:
+        lines.append("  takes          --reference")
     lines.append(f"  licence        {entry['licence']}")
     lines.append(f"  disk           {gigabytes(entry['disk_bytes'])}")
     lines.append(

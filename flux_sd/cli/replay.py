@@ -93,7 +93,29 @@ def read_settings(path: Path) -> dict[str, Any]:
     lacking = [name for name, kind in NEEDED.items() if not isinstance(record.get(name), kind)]
     if lacking:
         raise OutputError(f"the record in {str(path)!r} lacks {', '.join(lacking)}: it cannot be repeated")
+    if not _are_loras(record.get("loras", [])):
+        text = f"the record in {str(path)!r} has 'loras' that are no list of adapters, each with name, "
+        raise OutputError(text + "fingerprint, strength and applied: it was edited and cannot be repeated")
     return record
+
+
+def _are_loras(found: Any) -> bool:
+    """Whether a record's `loras` are as `lora.adapters.Applied` describes them."""
+    return isinstance(found, list) and all(
+        isinstance(lora, dict)
+        and all(isinstance(lora.get(name), str) for name in ("name", "fingerprint"))
+        and _are_numbers([lora.get("strength")])
+        and isinstance(lora.get("applied"), dict)
+        and all(
+            isinstance(counts, list) and len(counts) == 2 and _are_numbers(counts)
+            for counts in lora["applied"].values()
+        )
+        for lora in found
+    )
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _paint_again(
@@ -177,9 +199,11 @@ def _loras(
         same = [(path, strength) for path, strength, print_ in files if print_ == wanted["fingerprint"]]
         if not same:
             raise AdapterError(f"this picture was painted with the adapter {then}: give it with --lora")
-        if same[0][1] not in (None, wanted["strength"]):
+        # The same file may have acted several times: the one with its strength, else one without any.
+        fits = [path for asked in (wanted["strength"], None) for path, strength in same if strength == asked]
+        if not fits:
             raise AdapterError(f"this picture was painted with the adapter {then}: leave the strength out")
-        found.append((same[0][0], wanted["strength"]))
+        found.append((fits[0], wanted["strength"]))
     others = [path for path, _, _ in files if path not in [path for path, _ in found]]
     if others:
         raise AdapterError(f"this picture was painted without the adapter {str(others[0])!r}: leave it out")

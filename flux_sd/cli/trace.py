@@ -35,7 +35,7 @@ EPILOG = """examples:
 Patterns are those of a shell (* ? [...]); * matches dots too. `flux-sd compare` compares two records."""
 RUN_OPTIONS = (  # that a single stage has no use for
     "size", "steps", "t5_len", "seed", "latents_in", "negative_prompt", "sampler", "schedule",
-    "guidance_rescale", "init_image", "mask", "strength", "composite", "fit", "vae_tiling",
+    "guidance_rescale", *arguments.ORIGINALS, "strength", "composite", "fit", "vae_tiling",
 )  # fmt: skip
 STAGES = ("clip", "clip_2", "t5", "transformer", "unet", "vae-encode", "vae-decode")
 DENOISERS = ("transformer", "unet")  # have steps and guidance
@@ -140,10 +140,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace, version: SDVersion, console: Console) -> int:
+    from ..lora.adapters import as_loras, with_adapters
     from ..numerics import parse
     from ..trace import Selection, candle_names, stages, stages_of
 
-    info, numerics = version.info, parse(args.numerics)
+    info, numerics = with_adapters(version.info, as_loras(args.lora)), parse(args.numerics)
     if args.stage:
         known = list(stages_of(args.stage, info, numerics, args.step or 0))
     else:

@@ -7,9 +7,10 @@ the header under `lora_adapter_metadata` (diffusers), each with exceptions by pa
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,7 @@ from ..sniff import OTHER, sniff
 from ..tensor_info import TensorInfo
 from ..weight_map import TITLES, identify
 from .deltas import ALGORITHMS, Algorithm
-from .formats import CONTROL_STRENGTH, NORMS, not_built, prefixes_of, split_ending
+from .formats import FIRST_COLUMNS, FIRST_LAYERS, PEFT_SAVED, not_built, prefixes_of, split_ending
 
 CONFIG = "adapter_config.json"
 HEADER_CONFIG = "lora_adapter_metadata"
@@ -77,6 +78,7 @@ class AdapterFile:
     changes: tuple[Change, ...]
     family: str  # the model that it looks made for, such as "SDXL"; "" where that cannot be told
     description: Mapping[str, Any]  # name, bytes and fingerprint of its file, for records
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @classmethod
     def open(cls, path: str | Path) -> AdapterFile:
@@ -86,10 +88,12 @@ class AdapterFile:
         checkpoint = open_checkpoint(path)
         try:
             refuse_others(checkpoint)
-            changes = _changes(checkpoint, PeftScales.of(path, checkpoint))
+            scales = PeftScales.of(path, checkpoint)
+            changes = _changes(checkpoint, scales)
             found = [part.family for part in sniff(checkpoint) if part.component == "adapter"]
             family = next(filter(None, found), "")
-            return cls(path, checkpoint, changes, family, describe_file(checkpoint.files[0]))
+            notes = _notes(checkpoint, changes, scales)
+            return cls(path, checkpoint, changes, family, describe_file(checkpoint.files[0]), notes)
         except BaseException:
             checkpoint.close()
             raise
@@ -99,15 +103,19 @@ class AdapterFile:
         """Of the file, without the folder."""
         return str(self.description["name"])
 
-    @property
-    def is_control(self) -> bool:
-        """Whether it is a control LoRA of Black Forest Labs, which brings values of norms."""
-        return any(name.endswith(NORMS) for name in self.checkpoint.infos)
+    def widens(self, columns: int) -> bool:
+        """Whether it is a control LoRA for a model whose first layer has so many columns: its own change of
+        that layer has as many again, for the control picture."""
+        return any(
+            "down" in change.tensors and change.tensors["down"].shape[1:] == (2 * columns,)
+            for change in self.changes
+            if any(path in FIRST_LAYERS for _, path in prefixes_of(change.name))
+        )
 
     @property
-    def strength(self) -> float:
-        """What its authors use it with."""
-        return CONTROL_STRENGTH if self.is_control else 1.0
+    def is_control(self) -> bool:
+        """Whether it looks a control LoRA of Black Forest Labs, without a model to hold it against."""
+        return self.widens(FIRST_COLUMNS)
 
     def read(self, change: Change) -> dict[str, Tensor]:
         """The tensors of one layer in float32. Raises AdapterError where one holds NaN or infinity."""
@@ -204,6 +212,21 @@ def _scalar(checkpoint: Checkpoint, info: TensorInfo) -> float:
     return value
 
 
+def _notes(checkpoint: Checkpoint, changes: Iterable[Change], scales: PeftScales) -> tuple[str, ...]:
+    unknown = any(
+        change.alpha is None and change.algorithm is not None and change.algorithm.scaled
+        for change in changes
+    )
+    if scales.configs or not unknown or not _is_peft_saved(checkpoint):
+        return ()
+    name = checkpoint.files[0].name
+    return (f"{name}: alpha is unknown, for there is no {CONFIG} beside it: its scale is taken as 1",)
+
+
+def _is_peft_saved(checkpoint: Checkpoint) -> bool:
+    return any(mark in name for name, mark in itertools.product(checkpoint.infos, PEFT_SAVED))
+
+
 # PEFT's configuration ---------------------------------------------------------------------------------------
 
 
@@ -216,13 +239,15 @@ class PeftScales:
 
     @classmethod
     def of(cls, path: Path, checkpoint: Checkpoint) -> PeftScales:
-        """From the header, else from adapter_config.json beside a file that PEFT wrote."""
+        """From the header, else from adapter_config.json beside a file that PEFT wrote, as its name or those
+        of its tensors say."""
         text = checkpoint.metadata.get(HEADER_CONFIG)
         if text is not None:
             where = f"{checkpoint.label}: {HEADER_CONFIG} in the header"
             return cls(_by_component(_table(text, where)), where)
         beside = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
-        if (path.is_dir() or path.stem.startswith("adapter_model")) and beside.is_file():
+        is_peft = path.is_dir() or path.stem.startswith("adapter_model") or _is_peft_saved(checkpoint)
+        if is_peft and beside.is_file():
             with beside.open("rb") as file:
                 content = file.read(MAX_CONFIG).decode("utf-8", "replace")
             return cls({"": _table(content, str(beside))}, str(beside))

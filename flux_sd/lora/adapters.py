@@ -22,6 +22,7 @@ from .names import Names, Target, names_of
 from .plan import AdapterPlan, Move, Placed, Table, built
 
 MAX_STRENGTH = 100.0  # more is a mistake in typing
+CONTROL_GUIDANCE = "for control LoRAs their authors use 30 (Canny) and 10 (Depth)"
 
 
 class Lora(NamedTuple):
@@ -91,11 +92,11 @@ class Adapters:
             applied = []
             for lora in asked:
                 file = opened.enter_context(AdapterFile.open(lora.file))
-                strength = file.strength if lora.strength is None else float(lora.strength)
+                plan = table.plan(file)
+                strength = plan.strength if lora.strength is None else float(lora.strength)
                 if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                     found = f"{file.path}: the strength {strength:g}"
                     raise AdapterError(f"{found} is outside -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
-                plan = table.plan(file)
                 plan.check(model, partial)
                 applied.append(Applied(plan, strength))
             opened.pop_all()  # from here on they are closed by `close`
@@ -107,8 +108,8 @@ class Adapters:
         return self._parts.keys()
 
     def notes(self) -> list[str]:
-        """What a user should know: how much of each was applied."""
-        return [entry.summary for entry in self.applied]
+        """What a user should know: how much of each was applied, and what was not known of it."""
+        return [note for entry in self.applied for note in (entry.summary, *entry.plan.file.notes)]
 
     def describe(self) -> list[dict[str, Any]]:
         """For the record of a picture."""
@@ -117,7 +118,7 @@ class Adapters:
     def adapted(self, info: VersionInfo) -> VersionInfo:
         """The version as they make it: with a control LoRA it follows a control picture."""
         controlled = any(self.inputs(role) is not None for role in self.roles)
-        return replace(info, takes_control=True) if controlled else info
+        return _controlled(info) if controlled else info
 
     def inputs(self, role: str) -> int | None:
         """How many input channels the first layer of a network is widened to, None for as many as it has."""
@@ -176,11 +177,16 @@ def check_files(asked: Iterable[Lora]) -> None:
 
 def with_adapters(info: VersionInfo, asked: Iterable[Lora]) -> VersionInfo:
     """As `Adapters.adapted`, told from the headers of files that were not held against a model yet."""
+    columns = 0 if info.flux is None else info.flux.transformer.in_channels
     for lora in asked:
         with AdapterFile.open(lora.file) as file:
-            if file.is_control and lora.strength != 0:
-                return replace(info, takes_control=True)
+            if lora.strength != 0 and columns and file.widens(columns):
+                return _controlled(info)
     return info
+
+
+def _controlled(info: VersionInfo) -> VersionInfo:
+    return replace(info, takes_control=True, guidance_note=CONTROL_GUIDANCE)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -353,7 +353,8 @@ def magnitude_axis(shape: tuple[int, ...], kind: str, rows: int, columns: int) -
 def decomposed(merged: Tensor, magnitudes: Tensor, axis: int) -> Tensor:
     """DoRA's factor on `merged` = W + change [rows, columns]: magnitude by norm, [rows, 1] or [1, columns].
 
-    The norm is that of the merged weight, as in PEFT and LyCORIS, over everything but `axis`.
+    The norm is that of the merged weight, as in PEFT and LyCORIS, over everything but `axis`. The change is
+    whole here whatever the strength, see `edits.Edit`.
     """
     magnitudes = magnitudes.flatten()
     if axis == 0:

@@ -133,11 +133,16 @@ PROCESSORS: tuple[tuple[str, str], ...] = (
 XLABS_QKV = "single_blocks.{j}.processor.qkv_lora"
 SPLIT_QKV = tuple("single_transformer_blocks.{j}.attn." + layer for layer in ("to_q", "to_k", "to_v"))
 # Black Forest Labs' control LoRA, and the same under diffusers' names, bring values of norms under their bare
-# names, and columns of the first layer for the control picture.
+# names, and as many columns again for the first layer: those of the control picture.
 NORMS = (".query_norm.scale", ".key_norm.scale", ".norm_q.weight", ".norm_k.weight",
          ".norm_added_q.weight", ".norm_added_k.weight")  # fmt: skip
 WIDENED = "img_in.weight"  # as we call it
+FIRST_LAYERS = ("img_in", "x_embedder")  # the same in adapters, with dots or underscores
+FIRST_COLUMNS = 64  # that it has in a model that a control LoRA is for: a patch of 2x2 latents, 16 channels
 CONTROL_STRENGTH = 0.85  # what its authors use
+
+# In names that PEFT's own saver writes, which leaves alpha to adapter_config.json.
+PEFT_SAVED = ("base_model.model.", ".lora_A.default.")
 
 
 def split_ending(name: str) -> tuple[str, Ending] | None:

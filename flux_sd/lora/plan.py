@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..errors import AdapterError
 from .adapter_file import BARE, AdapterFile, Change
 from .deltas import DORA, Delta, magnitude_axis
-from .formats import WIDENED, Prefix, prefixes_of
+from .formats import CONTROL_STRENGTH, NORMS, WIDENED, Prefix, prefixes_of
 from .names import Layer, Names, Source
 
 LISTED = 5  # names of one dialect in a message; AdapterError.problems has all
@@ -65,6 +65,11 @@ class AdapterPlan:
     placed: tuple[Placed, ...]
     misfits: tuple[Misfit, ...]
     widened: Mapping[str, int]  # role -> input channels that its first layer is to have
+
+    @property
+    def strength(self) -> float:
+        """What its authors use it with."""
+        return CONTROL_STRENGTH if self.widened else 1.0
 
     @property
     def total(self) -> int:
@@ -122,33 +127,36 @@ class Table:
         placed: list[Placed] = []
         misfits: list[Misfit] = []
         widened: dict[str, int] = {}
+        taken: dict[tuple[str, str], list[tuple[Move, Change]]] = {}
         for change in file.changes:
-            made = self._place(change, file.is_control, widened)
+            made = self._place(change, file, widened)
+            if isinstance(made, Placed):
+                made = _once(made, taken)
             if isinstance(made, Placed):
                 placed.append(made)
             else:
                 misfits.append(made)
         return AdapterPlan(file, tuple(placed), tuple(misfits), widened)
 
-    def _place(self, change: Change, is_control: bool, widened: dict[str, int]) -> Placed | Misfit:
+    def _place(self, change: Change, file: AdapterFile, widened: dict[str, int]) -> Placed | Misfit:
         """The first reading of the name under which the change fits, else why the likeliest does not."""
         misfits: list[Misfit] = []
         for prefix, path in prefixes_of(change.name):
             for role in (role for role in prefix.roles if role in self.names):
-                layer = self._layer(change, role, prefix, path, is_control)
+                layer = self._layer(change, role, prefix, path)
                 if layer is None:
                     continue
                 try:
-                    return self._fit(change, role, layer, is_control, widened)
+                    return self._fit(change, role, layer, file, widened)
                 except ValueError as error:
                     misfits.append(Misfit(change, role, str(error)))
         return misfits[0] if misfits else self._unknown(change)
 
-    def _layer(self, change: Change, role: str, prefix: Prefix, path: str, is_control: bool) -> Layer | None:
+    def _layer(self, change: Change, role: str, prefix: Prefix, path: str) -> Layer | None:
         names = self.names[role]
         if change.family != BARE:
             return names.find(path, prefix.flat)
-        source = names.tensors.get(path) if is_control and not prefix.flat else None
+        source = names.tensors.get(path) if path.endswith(NORMS) and not prefix.flat else None
         return None if source is None else Layer((source,))
 
     def _unknown(self, change: Change) -> Misfit:
@@ -161,7 +169,7 @@ class Table:
         return Misfit(change, roles[0], f"the {roles[0]} has no layer of this name")
 
     def _fit(
-        self, change: Change, role: str, layer: Layer, is_control: bool, widened: dict[str, int]
+        self, change: Change, role: str, layer: Layer, file: AdapterFile, widened: dict[str, int]
     ) -> Placed:
         """ValueError says what does not fit."""
         algorithm = change.algorithm
@@ -176,13 +184,26 @@ class Table:
         if given.keys() != {"diff_b"}:
             delta = built(change)
             target = layer.weight[0].parts[0].parameter if layer.weight else ""
-            may_widen = is_control and target == WIDENED
+            may_widen = target == WIDENED and file.widens(layer.weight[0].columns)
             weight = _moves(layer.weight, delta.shape, algorithm.kernel(given), may_widen)
             if may_widen and delta.shape[1] > layer.weight[0].columns:
                 widened[role] = delta.shape[1]
             axis = _axis(change, delta.shape, weight)
         bias = _bias_moves(change, layer)
         return Placed(change, role, layer.weight[0].dialect if layer.weight else "", weight, bias, axis)
+
+
+def _once(placed: Placed, taken: dict[tuple[str, str], list[tuple[Move, Change]]]) -> Placed | Misfit:
+    """The change, unless one before it in its file is of the same rows under another name: nobody means the
+    sum of the two. `taken`: by role and parameter, what was placed before; grows."""
+    for move in placed.moves:
+        for other, change in taken.get((placed.role, move.target), ()):
+            if move.first < other.first + other.rows and other.first < move.first + move.rows:
+                why = f"it changes what {change.name} changes too: give a file that has one of them"
+                return Misfit(placed.change, placed.role, why)
+    for move in placed.moves:
+        taken.setdefault((placed.role, move.target), []).append((move, placed.change))
+    return placed
 
 
 def built(change: Change) -> Delta:
