@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 
@@ -69,18 +68,24 @@ def packed_base(role: str, word: str, folder: Path) -> tuple[Path, State]:
     return path, BASES[word](PARTS[role].state, path)
 
 
-def packed_network(role: str, path: Path) -> nn.Module:
-    return copy.deepcopy(_loaded(role, path))
-
-
 @functools.cache
-def _loaded(role: str, path: Path) -> nn.Module:
+def packed_network(role: str, path: Path) -> nn.Module:
+    """The same for all tests: what they change they undo."""
     part = PARTS[role]
     module = lora.write.build(part.component, part.config)
     plan = plan_load(part.component, module, part.config, open_checkpoint(path))
     keep_stored(module, plan, torch.float32)
     fill(module, plan)
     return module.eval()
+
+
+def undo(module: nn.Module) -> int:
+    """Takes the branches off again. Returns how many layers had some."""
+    adapted = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, AdaptedLinear)]
+    for path, layer in adapted:
+        layer.base.bias = layer.bias
+        module.set_submodule(path, layer.base)
+    return len(adapted)
 
 
 @torch.inference_mode()
@@ -116,14 +121,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def strengths(role: str, word: str, folder: Path, file: Path, dropped: bool = False) -> tuple[float, float]:
     """(how far the packed change is from the reference one, how much the reference moves the output), both
     relative. `dropped`: the adapter is silently not applied to the packed network."""
+    before, before_reference, wanted = unchanged(role, word, folder)
     module = packed_network(role, packed_base(role, word, folder)[0])
     adapters = Adapters.open([Lora(file)], lora.table(*ROLES[role]), "small")
     if not dropped:
         adapters.apply(role, module, lambda done, total: None)
-        assert any(isinstance(layer, AdaptedLinear) for layer in module.modules())
     adapters.close()
-    before, before_reference, wanted = unchanged(role, word, folder)
-    error = (run(role, module) - before - wanted).norm() / wanted.norm()
+    after = run(role, module)
+    assert undo(module) == (0 if dropped else len(CHANGES[role]()))
+    error = (after - before - wanted).norm() / wanted.norm()
     return float(error), float(wanted.norm() / before_reference.norm())
 
 
@@ -158,6 +164,7 @@ def test_stored_rows_are_not_touched(folder: Path, tmp_path: Path) -> None:
         "transformer", module, lambda done, total: None
     )
     after = {name.replace(".base.", "."): t for name, t in module.named_buffers() if "data_" in name}
+    undo(module)
     assert stored.keys() == after.keys() and path.read_bytes() == before
     assert all(torch.equal(stored[name], after[name]) for name in stored)
 
