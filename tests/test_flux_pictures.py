@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -440,3 +441,28 @@ def test_every_picture_of_a_request_has_an_option() -> None:
         assert SDVersion.of_variant(variant).info.variant_of == "flux-dev"
     with pytest.raises(UnknownVersionError, match="choose fill, canny, depth, kontext, krea"):
         SDVersion.of_variant("redux")
+
+
+@pytest.mark.parametrize("option", ["--control-image", "--reference"])
+def test_a_single_stage_has_no_use_for_pictures(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["trace", "--stage", "vae-decode", "--inputs", "run.safetensors", "-o", "out.safetensors"]
+    assert main([*words, option, "nofile.png"]) == 2
+    assert f"{option} is of no use to --stage: it is about whole runs" in capsys.readouterr().err
+
+
+def test_the_catalogue_says_which_pictures_a_model_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"flux-canny": "needs          --control-image", "flux-depth": "needs          --control-image",
+            "flux-kontext": "takes          --reference", "flux-dev": ""}  # fmt: skip
+    for name, words in said.items():
+        assert main(["models", name]) == 0
+        out = capsys.readouterr().out
+        assert words in out and ("--control-image" in out, "--reference" in out) == (
+            "control" in words,
+            "reference" in words,
+        )
+        assert main(["models", name, "--json"]) == 0
+        entry = json.loads(capsys.readouterr().out)
+        assert (entry["takes_control"], entry["takes_reference"]) == (
+            "control" in words,
+            "reference" in words,
+        )

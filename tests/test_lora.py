@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import helpers_checkpoints as write
@@ -302,8 +303,27 @@ def test_a_control_lora_widens_the_first_layer_and_replaces_norms(tmp_path: Path
     tensors, wanted = control()
     file = save(tensors, tmp_path / "control.safetensors")
     close(merged([Lora(file, 0.5)], "transformer"), wanted, 1e-5)
-    with Adapters.open([Lora(file)], lora.table("transformer"), "small").applied[0].plan.file as opened:
-        assert opened.is_control and opened.strength == 0.85  # what Black Forest Labs use
+    (applied,) = Adapters.open([Lora(file)], lora.table("transformer"), "small").applied
+    with applied.plan.file as opened:
+        assert opened.is_control and applied.strength == 0.85  # what Black Forest Labs use
+
+
+def test_a_norm_beside_other_changes_makes_no_control_lora(tmp_path: Path) -> None:
+    path, norm = "double_blocks.0.img_attn.proj", "double_blocks.0.img_attn.norm.query_norm.scale"
+    changes, values = one(path), torch.rand(FLUX.head_dim)
+    file = save({**peft(changes, str), norm: values}, tmp_path / "a.safetensors")
+    close(merged(file, "transformer"), {**lora.applied(FLUX_STATE, changes), norm: values})
+    adapters = Adapters.open([Lora(file)], lora.table("transformer"), "small")
+    adapters.close()
+    assert adapters.applied[0].strength == 1 and not adapters.applied[0].plan.file.is_control
+
+
+@pytest.mark.parametrize("columns", [96, 384])
+def test_a_first_layer_of_any_other_width_does_not_fit(columns: int, tmp_path: Path) -> None:
+    changes = pairs({"x_embedder": (HIDDEN, columns)})
+    file = save(peft(changes, lambda p: f"transformer.{p}"), tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match=f"the change is 128x{columns}, the layer 128x64"):
+        merged(file, "transformer")
 
 
 def test_widening_decodes_stored_rows_and_adds_nothing() -> None:
@@ -357,6 +377,32 @@ def test_pefts_alpha(where: str, config: dict[str, object], scale: float, tmp_pa
         file = save(tensors, tmp_path / "adapter_model.safetensors").parent
         (file / "adapter_config.json").write_text(json.dumps(config))
     close(merged(file, "transformer"), lora.applied(FLUX_STATE, {path: (up * scale, down)}))
+
+
+@pytest.mark.parametrize("named", ["base_model.model.{}", "transformer.base_model.model.{}", "{}"])
+def test_pefts_alpha_is_found_whatever_the_file_is_called(named: str, tmp_path: Path) -> None:
+    path = "double_blocks.0.img_attn.proj"
+    up, down = one(path)[path]
+    ending = ".weight" if "model" in named else ".default.weight"
+    tensors = peft({path: (up, down)}, named.format, ending=ending)
+    file = save(tensors, tmp_path / "style.safetensors")
+    with AdapterFile.open(file) as opened:
+        (note,) = opened.notes
+    assert note.startswith("style.safetensors: alpha is unknown, for there is no adapter_config.json beside")
+    close(merged(file, "transformer"), lora.applied(FLUX_STATE, {path: (up, down)}))
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    with AdapterFile.open(file) as opened:
+        assert not opened.notes
+    close(merged(file, "transformer"), lora.applied(FLUX_STATE, {path: (up * 2, down)}))
+
+
+def test_a_configuration_beside_files_of_other_savers_is_not_theirs(tmp_path: Path) -> None:
+    changes = one("double_blocks.0.img_attn.proj")
+    file = save(peft(changes, lambda p: f"diffusion_model.{p}"), tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    with AdapterFile.open(file) as opened:
+        assert not opened.notes
+    close(merged(file, "transformer"), lora.applied(FLUX_STATE, changes))
 
 
 @pytest.mark.parametrize(
@@ -452,6 +498,30 @@ def test_one_key_that_is_renamed_is_named_and_nothing_is_applied(tmp_path: Path)
     changes = lora.flux_pairs()
     del changes["double_blocks.0.img_attn.qkv"]
     close(got, lora.applied(FLUX_STATE, changes))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0"),
+        ("double_blocks_0_img_attn_qkv", "transformer_blocks.0.attn.to_k"),  # a third of it
+    ],
+)
+def test_one_layer_under_two_names_is_refused(first: str, second: str, tmp_path: Path) -> None:
+    shapes = {f"lora_unet_{first}": (HIDDEN * (3 if "qkv" in first else 1), HIDDEN)}
+    tensors = kohya(pairs(shapes), str) | peft(pairs({second: (HIDDEN, HIDDEN)}), str)
+    file = save(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="1 of 2 changes fit") as caught:
+        merged(file, "transformer")
+    (problem,) = caught.value.problems
+    assert {f"lora_unet_{first}", second} <= set(re.split(r"[: ]", problem))
+
+
+def test_parts_of_one_fused_layer_are_no_repetition(tmp_path: Path) -> None:
+    shapes = {f"transformer_blocks.0.attn.to_{part}": (HIDDEN, HIDDEN) for part in "qkv"}
+    file = save(peft(pairs(shapes), str), tmp_path / "a.safetensors")
+    with AdapterFile.open(file) as opened:
+        assert len(lora.table("transformer").plan(opened).placed) == 3
 
 
 def test_nothing_applied_stops_even_where_a_part_would_do(tmp_path: Path) -> None:

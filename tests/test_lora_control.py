@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import helpers_headers as header
 import helpers_lora as lora
 import pytest
 import torch
@@ -14,6 +16,7 @@ from helpers_lora import save
 from helpers_sd import picture
 from safetensors.torch import load_file, save_file
 
+from flux_sd.cli import main
 from flux_sd.errors import RequestError
 from flux_sd.model_loader import check_request
 from flux_sd.request import GenerationRequest
@@ -68,6 +71,10 @@ def test_it_paints_as_a_model_with_the_merged_weights(folder: Path, tmp_path: Pa
     assert result.metadata["loras"][0]["strength"] == 0.85
     with pytest.raises(RequestError, match="follows a control picture and control_image is not given"):
         model.generate(REQUEST)
+    (note,) = (note for note in result.notes if "guidance" in note)
+    assert note.startswith("guidance is 3.5, the default of") and "30 (Canny) and 10 (Depth)" in note
+    (guided,) = model.generate(replace(request, guidance=10.0))
+    assert not any("guidance" in note for note in guided.notes)
     model.load_adapters([])
     assert torch.equal(model.generate(REQUEST)[0].latents, before)
     with pytest.raises(RequestError, match="control_image is not used by"):
@@ -86,7 +93,40 @@ def test_a_request_is_checked_with_the_adapters_in_mind(tmp_path: Path) -> None:
 
 
 def test_other_adapters_leave_a_version_as_it_is(tmp_path: Path) -> None:
-    other = save(
-        lora.kohya(lora.flux_pairs(), lambda p: f"lora_unet_{lora.flat(p)}"), tmp_path / "a.safetensors"
-    )
+    tensors = lora.kohya(lora.flux_pairs(), lambda p: f"lora_unet_{lora.flat(p)}")
+    other = save(tensors, tmp_path / "a.safetensors")
     check_request("flux-dev", REQUEST, loras=[other])
+    norm = {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(64)}
+    check_request("flux-dev", REQUEST, loras=[save(tensors | norm, tmp_path / "b.safetensors")])
+
+
+@pytest.mark.parametrize("name", ["img_in", "x_embedder"])
+def test_the_command_lora_names_models_that_a_control_lora_is_for(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {f"{name}.lora_A.weight": (4, 128), f"{name}.lora_B.weight": (3072, 4)}
+    file = header.safetensors(tmp_path / "canny.safetensors", shapes)
+    assert main(["lora", str(file), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] == ["flux-dev", "flux-kontext", "flux-krea"] and document["control"]
+    assert main(["lora", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f"--model flux-dev --lora {file} --control-image lines.png\n")
+    assert main(["lora", str(file), "--model", "flux-canny"]) == 2
+    out = capsys.readouterr().out
+    assert "fits      none completely" in out and "no control picture of its own" in out
+
+
+def test_stages_are_listed_with_the_adapters_in_mind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = control(tmp_path)
+    lines = tmp_path / "lines.png"
+    picture(32, 32).save(lines)
+    words = ["trace", "--list", "--model", "flux-dev", "--steps", "1", "--lora", str(file)]
+    assert main(words) == 2
+    assert "--control-image is not given" in capsys.readouterr().err
+    assert main([*words, "--control-image", str(lines)]) == 0
+    assert "step.0.double_blocks.0" in capsys.readouterr().out
+    assert main([*words[:-2], "--control-image", str(lines)]) == 2
+    assert "--control-image is not used by flux-dev" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import helpers_sd
 import pytest
 import torch
 from helpers_lora import flat, kohya, pairs, peft, save
+from PIL import Image
 from safetensors.torch import load_file
 
 import flux_sd
@@ -21,7 +22,7 @@ from flux_sd.cli import main
 from flux_sd.cli.arguments import lora as parse
 from flux_sd.errors import AdapterError, Cancelled, CheckpointError, MissingFileError, NotEnoughMemoryError
 from flux_sd.generation_engine import GenerationEngine
-from flux_sd.image import pixel_hash, read_record
+from flux_sd.image import pixel_hash, read_record, save_png
 from flux_sd.lora.side_branch import AdaptedLinear
 from flux_sd.model_loader import Model
 from flux_sd.request import CancelToken, Event, GenerationRequest, Progress
@@ -299,6 +300,13 @@ def test_a_file_that_is_called_like_a_strength_is_a_file(
     assert parse("a:2") == (Path("a:2"), None) and parse("a:3") == (Path("a"), 3.0)
 
 
+def test_a_name_that_is_too_long_is_one_sentence(run: Any) -> None:
+    name = "a" * 300
+    assert parse(f"{name}:1") == (Path(name), 1.0)
+    code, _, err = run("generate", "a pizza", "-o", "a.png", "--lora", f"{name}:1")
+    assert code == 2 and name in err and err.count("\n") == 1
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
@@ -334,6 +342,45 @@ def test_generate_and_replay_with_adapters(run: Any, tmp_path: Path) -> None:
     save(other, tmp_path / "big.safetensors")
     code, _, err = run("replay", "a.png", "--lora", "big.safetensors")
     assert code == 2 and "give it with --lora" in err
+
+
+@pytest.mark.parametrize("second", ["big.safetensors:0.8", "big.safetensors"])
+def test_one_adapter_at_two_strengths_is_replayed_by_the_words_it_was_made_with(
+    run: Any, second: str, tmp_path: Path
+) -> None:
+    big(tmp_path)
+    words = ("--lora", "big.safetensors:0.5", "--lora", second)
+    paint = ("generate", "a pizza", "--seed", "3", "--steps", "1", "--device", "cpu", "--dtype", "float32")
+    assert run(*paint, "-o", "a.png", *words)[0] == 0
+    assert run("replay", "a.png", *words)[:2] == (0, "a.png: bit-equal\n")
+    code, _, err = run("replay", "a.png", *words[:2])
+    assert code == 2 and "leave the strength out" in err
+
+
+GOOD = {"name": "a", "fingerprint": "b", "strength": 1.0, "applied": {"transformer": [1, 1]}}
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        "a",
+        {"name": "a"},
+        [None],
+        *([{key: value for key, value in GOOD.items() if key != name}] for name in GOOD),
+        *([GOOD | change] for change in ({"strength": "1"}, {"strength": True}, {"name": 1}, {"applied": [1]},
+                                         {"applied": {"unet": 1}}, {"applied": {"unet": [1, None]}},
+                                         {"applied": {"unet": [1]}})),
+    ],
+)  # fmt: skip
+def test_a_record_whose_adapters_were_edited_is_refused_in_one_sentence(
+    run: Any, loras: object, tmp_path: Path
+) -> None:
+    record = {"prompt": "a", "model": "tiny-flux", "seed": 1, "width": 16, "height": 16, "steps": 1}
+    save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record | {"loras": [GOOD]})
+    assert "give it with --lora" in run("replay", "a.png")[2]
+    save_png(Image.new("RGB", (16, 16)), tmp_path / "b.png", record | {"loras": loras})
+    code, _, err = run("replay", "b.png")
+    assert code == 2 and "'loras' that are no list of adapters" in err and err.count("\n") == 1
 
 
 def pixel_hash_of(path: Path) -> str:

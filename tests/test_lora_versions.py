@@ -23,7 +23,7 @@ FLUX: dict[tuple[str, str], dict[str, Shape]] = {
         "lora_unet_double_blocks_18_img_attn_qkv": (9216, 3072),
         "lora_unet_single_blocks_37_linear1": (21504, 3072),
         "lora_unet_final_layer_adaLN_modulation_1": (6144, 3072),
-        "lora_transformer_single_transformer_blocks_37_attn_to_k": (3072, 3072),
+        "lora_transformer_single_transformer_blocks_35_attn_to_k": (3072, 3072),
         "lycoris_transformer_blocks_18_ff_context_net_2": (3072, 12288),
         "lora_te1_text_model_encoder_layers_11_mlp_fc1": (3072, 768),
         "lora_te2_encoder_block_0_layer_0_SelfAttention_k": (4096, 4096),
@@ -40,7 +40,7 @@ FLUX: dict[tuple[str, str], dict[str, Shape]] = {
     },
     (".up.weight", ".down.weight"): {
         "double_blocks.18.processor.qkv_lora2": (9216, 3072),
-        "single_blocks.37.processor.qkv_lora": (9216, 3072),
+        "single_blocks.34.processor.qkv_lora": (9216, 3072),
         "single_blocks.37.processor.proj_lora": (3072, 15360),
     },
 }

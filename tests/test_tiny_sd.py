@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from test_tiny_flux_pictures import SIDE, listed, thumbnails
 
 import flux_sd
 from flux_sd.checkpoint import open_checkpoint
-from flux_sd.image import pixel_hash, to_unit
+from flux_sd.image import difference, open_picture, pixel_hash, to_unit
 from flux_sd.model_loader import embedded_folder, parts_of
 from flux_sd.request import Event, GenerationRequest, Preview
 from flux_sd.schedulers import SAMPLERS
@@ -28,6 +29,7 @@ from flux_sd.versions import SDVersion
 
 INFO = SDVersion.TINY_SD.info
 FOLDER = embedded_folder(INFO)
+REFERENCES = Path(__file__).parent.parent / "reference_outputs" / "candle"
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "autoencoder": "vae/diffusion_pytorch_model.safetensors",
@@ -173,6 +175,17 @@ def test_other_sizes_and_half_precision_work() -> None:
     with flux_sd.load_model("tiny-sd", device="cpu", dtype="bfloat16") as model:
         (result,) = model.generate(replace(PIZZA, width=168, height=96, steps=4))
     assert result.image.size == (168, 96) and result.metadata["dtype"] == "bfloat16"
+
+
+def test_candle_painted_the_same_picture() -> None:
+    """Against the pixels that Candle 0.11.1 computed from the same noise (tools/compare_with_candle.py)."""
+    stored = open_picture(REFERENCES / "tiny_sd.png")
+    manifest = json.loads((REFERENCES / "tiny_sd.json").read_text())
+    request = GenerationRequest(prompt=manifest["prompt"], seed=manifest["seed"])
+    with flux_sd.load_model("tiny-sd", device="cpu", dtype="float32", numerics="candle") as model:
+        picture = model.generate(replace(request, steps=INFO.steps, guidance=INFO.guidance))[0]
+    _, largest = difference(picture.image, stored)
+    assert largest <= manifest["tolerance"] == 1
 
 
 # pictures to begin from -------------------------------------------------------------------------------------

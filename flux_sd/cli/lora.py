@@ -16,7 +16,7 @@ from .console import Console, gigabytes, printable
 if TYPE_CHECKING:
     from ..lora.adapter_file import AdapterFile, Change
     from ..lora.plan import AdapterPlan
-    from ..versions import SDVersion
+    from ..versions import SDVersion, VersionInfo
 
 EPILOG = """examples:
   flux-sd lora style.safetensors
@@ -89,11 +89,15 @@ class Report:
     bytes: int
     blocks: dict[str, dict[str, int]]  # network -> block -> changes; of the model that it fits best
     fits: list[str]  # models, completely
+    control: bool  # it is a control LoRA
+    notes: tuple[str, ...]  # what else a user should know
     partly: dict[str, str]  # model -> how many of the changes fit
 
     @classmethod
     def of(cls, file: AdapterFile, plans: dict[str, AdapterPlan]) -> Report:
         """From the header and what the models made of it."""
+        from ..versions import SDVersion
+
         best = max(plans.values(), key=lambda plan: len(plan.placed))
         partly = {name: plan for name, plan in plans.items() if plan.placed and plan.misfits}
         return cls(
@@ -103,7 +107,9 @@ class Report:
             changes=len(file.changes),
             bytes=file.checkpoint.total_bytes,
             blocks=_blocks(best),
-            fits=[name for name, plan in plans.items() if not plan.misfits and plan.placed],
+            fits=[name for name, plan in plans.items() if _fits(plan, SDVersion.parse(name).info)],
+            control=file.is_control,
+            notes=file.notes,
             partly={name: f"{len(plan.placed)}/{plan.total}" for name, plan in partly.items()},
         )
 
@@ -117,11 +123,16 @@ class Report:
             shown = [f"{block} ({count})" for block, count in blocks.items()][:SHOWN_BLOCKS]
             more = f" and {len(blocks) - SHOWN_BLOCKS} more" if len(blocks) > SHOWN_BLOCKS else ""
             yield f"  changes   {role}, {sum(blocks.values())} in {', '.join(shown)}{more}"
+        if self.control:
+            yield "  control   it makes a model with guidance and no control picture of its own follow one"
         yield f"  fits      {', '.join(self.fits) or 'none completely'}"
         for name, share in self.partly.items():
             yield f"  in part   {name}, {share} of its changes"
+        for note in self.notes:
+            yield f"  note      {printable(note)}"
         if self.fits:
             command = ["flux-sd", "generate", "a prompt", "--model", self.fits[0], "--lora", str(path)]
+            command += ["--control-image", "lines.png"] if self.control else []
             yield f"  use it:   {printable(shlex.join(command))}"
 
     def document(self, plans: dict[str, AdapterPlan]) -> dict[str, Any]:
@@ -132,6 +143,13 @@ class Report:
             if plan.placed and plan.misfits
         }
         return {**vars(self), "problems": problems}
+
+
+def _fits(plan: AdapterPlan, info: VersionInfo) -> bool:
+    """Whether it fits completely. A control LoRA fits where it adds the control picture, to a model that it
+    can be guided in."""
+    suits = not plan.file.is_control or (bool(plan.widened) and info.guidance is not None)
+    return suits and not plan.misfits and bool(plan.placed)
 
 
 def _kind(file: AdapterFile) -> str:
