@@ -386,10 +386,14 @@ def test_pefts_alpha_is_found_whatever_the_file_is_called(named: str, tmp_path: 
     ending = ".weight" if "model" in named else ".default.weight"
     tensors = peft({path: (up, down)}, named.format, ending=ending)
     file = save(tensors, tmp_path / "style.safetensors")
-    with AdapterFile.open(file) as opened:
-        (note,) = opened.notes
-    assert note.startswith("style.safetensors: alpha is unknown, for there is no adapter_config.json beside")
+    told = "style.safetensors: alpha is neither in it nor in an adapter_config.json beside it"
+    adapters = Adapters.open([Lora(file)], lora.table("transformer"), "small")
+    adapters.close()
+    assert adapters.notes()[1].startswith(told)
     close(merged(file, "transformer"), lora.applied(FLUX_STATE, {path: (up, down)}))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with AdapterFile.open(file) as opened:
+        assert opened.notes[0].startswith(told)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
     with AdapterFile.open(file) as opened:
         assert not opened.notes

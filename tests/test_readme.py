@@ -28,7 +28,7 @@ def test_the_third_block_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_first_two_blocks_install_paint_and_test() -> None:
     assert [kind for kind, _ in BLOCKS[:2]] == ["sh", "sh"]
     assert 'flux-sd generate "a slice of pizza on a blue background" -o pizza.png' in BLOCKS[0][1]
-    assert BLOCKS[1][1].rstrip().endswith("pytest")
+    assert BLOCKS[1][1].rstrip().endswith("/pytest -n 2 --dist loadfile")
 
 
 def test_no_placeholder_is_left_and_every_picture_exists() -> None:

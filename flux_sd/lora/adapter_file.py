@@ -88,11 +88,10 @@ class AdapterFile:
         checkpoint = open_checkpoint(path)
         try:
             refuse_others(checkpoint)
-            scales = PeftScales.of(path, checkpoint)
-            changes = _changes(checkpoint, scales)
+            changes = _changes(checkpoint, PeftScales.of(path, checkpoint))
             found = [part.family for part in sniff(checkpoint) if part.component == "adapter"]
             family = next(filter(None, found), "")
-            notes = _notes(checkpoint, changes, scales)
+            notes = _notes(checkpoint, changes)
             return cls(path, checkpoint, changes, family, describe_file(checkpoint.files[0]), notes)
         except BaseException:
             checkpoint.close()
@@ -212,15 +211,15 @@ def _scalar(checkpoint: Checkpoint, info: TensorInfo) -> float:
     return value
 
 
-def _notes(checkpoint: Checkpoint, changes: Iterable[Change], scales: PeftScales) -> tuple[str, ...]:
+def _notes(checkpoint: Checkpoint, changes: Iterable[Change]) -> tuple[str, ...]:
     unknown = any(
         change.alpha is None and change.algorithm is not None and change.algorithm.scaled
         for change in changes
     )
-    if scales.configs or not unknown or not _is_peft_saved(checkpoint):
+    if not unknown or not _is_peft_saved(checkpoint):
         return ()
     name = checkpoint.files[0].name
-    return (f"{name}: alpha is unknown, for there is no {CONFIG} beside it: its scale is taken as 1",)
+    return (f"{name}: alpha is neither in it nor in an {CONFIG} beside it: its scale is taken as 1",)
 
 
 def _is_peft_saved(checkpoint: Checkpoint) -> bool:

@@ -42,8 +42,10 @@ class Edit:
                     self._decompose(some, part, self.magnitudes[first : first + count])
 
     def _decompose(self, own: Tensor, delta: Delta, magnitudes: Tensor) -> None:
-        """DoRA: W becomes magnitude * (W + change) / norm, or `strength` of the way there, as in ComfyUI. PEFT
-        scales the change inside the norm: the two agree at 1 alone."""
+        """DoRA: W becomes magnitude * (W + change) / norm, or `strength` of the way there, as in ComfyUI.
+
+        PEFT scales the change inside the norm: the two agree at 1 alone.
+        """
         merged = own + delta.matrix()
         merged *= decomposed(merged, magnitudes, self.axis)
         own += self.strength * (merged - own)

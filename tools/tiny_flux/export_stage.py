@@ -46,6 +46,9 @@ this command writes, byte for byte.
 
     flux-sd convert flux1-tiny.safetensors transformer-Q8_0.gguf --to gguf:Q8_0
 
+`adapters/sticker.safetensors` is a LoRA for `flux-sd generate --lora`, trained by `tools/train_tiny_lora.py`:
+pastel colours and a white rim. `sticker-diffusers.safetensors` is the same under diffusers' names.
+
 Made by `tools/train_tiny_flux.py` from nothing but renderings of the font Noto Color Emoji, copyright Google
 LLC, licensed under the SIL Open Font License 1.1 (https://openfontlicense.org). The font itself is not
 contained. The weights are licensed as this package.
