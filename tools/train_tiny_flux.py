@@ -8,62 +8,25 @@ Every stage resumes from what it finds in DIR. The shipped weights took these ti
 steps of 8 whole pictures, then 1,983 steps of 64 captions.
 """
 
-import argparse
-import time
-from pathlib import Path
-
-import torch
-from tiny_flux import ae_stage, export_stage, flow_stage, pictures
+from tiny_flux import ae_stage, export_stage, flow_stage
+from tiny_flux.command import ROOT, begin, parse_arguments
 
 from flux_sd.autoencoder import AutoEncoderConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train the embedded model tiny-flux.")
-    parser.add_argument(
-        "--state", type=Path, required=True, help="folder for everything that a later run resumes from"
-    )
-    parser.add_argument("--stage", choices=("ae", "flow", "export"), required=True)
-    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf; default: where Debian puts it")
-    parser.add_argument(
-        "--minutes", type=float, default=55.0, help="time budget of the stage, over all its runs"
-    )
-    parser.add_argument("--batch", type=int, help="pictures per step")
-    parser.add_argument("--rate", type=float, help="peak learning rate")
-    out = ROOT / "flux_sd" / "models" / "tiny_flux"
-    parser.add_argument("--out", type=Path, default=out, help="export: the checkpoint folder")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
 
 
 def main() -> None:
     """Run one stage."""
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    arguments.state.mkdir(parents=True, exist_ok=True)
-
-    def log(line: str) -> None:
-        stamped = f"{time.strftime('%H:%M:%S', time.gmtime())} {line}"
-        print(stamped, flush=True)
-        with (arguments.state / "log.txt").open("a") as file:
-            file.write(stamped + "\n")
-
-    shown = pictures.render(arguments.font, arguments.state / "pictures.pt")
+    arguments = parse_arguments("tiny-flux", ("ae", "flow", "export"))
+    shown, log = begin(arguments)
+    state, minutes, device = arguments.state, arguments.minutes, arguments.device
     if arguments.stage == "ae":
-        config = AutoEncoderConfig.tiny_flux()
-        batch, rate = arguments.batch or 8, arguments.rate or 2e-3
-        ae_stage.train(
-            shown, config, arguments.state / "ae.pt", arguments.minutes, batch, rate, arguments.device, log
-        )
+        config, batch, rate = AutoEncoderConfig.tiny_flux(), arguments.batch or 8, arguments.rate or 2e-3
+        ae_stage.train(shown, config, state / "ae.pt", minutes, batch, rate, device, log)
     elif arguments.stage == "flow":
         batch, rate = arguments.batch or 64, arguments.rate or 1.5e-3
-        flow_stage.train(shown, arguments.state, arguments.minutes, batch, rate, arguments.device, log)
+        flow_stage.train(shown, state, minutes, batch, rate, device, log)
     else:
-        export_stage.export(shown, arguments.state, arguments.out, ROOT / "tests" / "data", log)
+        export_stage.export(shown, state, arguments.out, ROOT / "tests" / "data", log)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,12 @@ def export(pictures: Pictures, state: Path, folder: Path, tests: Path, log: Log)
     _save(autoencoder, folder / "ae.safetensors", AE_DTYPE)
     _save(painter.clip, folder / "text_encoder" / "model.safetensors", DTYPE)
     _save(painter.t5, folder / "text_encoder_2" / "model.safetensors", DTYPE)
-    _write_json(folder / "text_encoder" / "config.json", clip_json(ClipTextConfig.tiny_flux()))
-    _write_json(folder / "text_encoder_2" / "config.json", t5_json(T5Config.tiny_flux()))
+    write_json(folder / "text_encoder" / "config.json", clip_json(ClipTextConfig.tiny_flux()))
+    write_json(folder / "text_encoder_2" / "config.json", t5_json(T5Config.tiny_flux()))
     for name in ("tokenizer", "tokenizer_2"):
         for file in sorted((state / name).iterdir()):
             shutil.copyfile(file, folder / name / file.name)
-    _write_json(folder / "candle.json", candle_json(FluxConfig.tiny_flux(), config))
+    write_json(folder / "candle.json", candle_json(FluxConfig.tiny_flux(), config))
     (folder / "README.md").write_text(README)
     write_thumbnails(pictures, tests)
     log(f"autoencoder: scale_factor {config.scale_factor}, shift_factor {config.shift_factor}")
@@ -92,7 +92,8 @@ def _save(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
     path.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Indented, with a line end."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -240,4 +241,4 @@ def write_thumbnails(pictures: Pictures, tests: Path) -> None:
     tests.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(pixels)).save(tests / "tiny_flux_thumbnails.png", optimize=True)
     shown = [{"caption": captions.canonical(i, j), "held_out": held} for i, j, held in rows]
-    _write_json(tests / "tiny_flux_thumbnails.json", shown)
+    write_json(tests / "tiny_flux_thumbnails.json", shown)

@@ -1,6 +1,5 @@
 """Last stage: the averaged weights as an ordinary diffusers folder, and the preview map."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_flux.export_stage import clip_json, small
-from tiny_flux.pictures import SIZE, Pictures, pairs
+from tiny_flux.export_stage import clip_json, measure_preview, small, write_json
+from tiny_flux.pictures import SIZE, Pictures
 from torch import Tensor, nn
 
 from flux_sd.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -85,11 +84,11 @@ def export(pictures: Pictures, state: Path, folder: Path, log: Log) -> None:
     for file in sorted((state / "tokenizer").iterdir()):
         shutil.copyfile(file, folder / "tokenizer" / file.name)
     text = {**clip_json(ClipTextConfig.tiny_sd()), "torch_dtype": "float16"}
-    _write_json(folder / "text_encoder" / "config.json", text)
-    _write_json(folder / "unet" / "config.json", unet_json(UNetConfig.tiny_sd()))
-    _write_json(folder / "vae" / "config.json", vae_json(config))
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(folder / "model_index.json", INDEX)
+    write_json(folder / "text_encoder" / "config.json", text)
+    write_json(folder / "unet" / "config.json", unet_json(UNetConfig.tiny_sd()))
+    write_json(folder / "vae" / "config.json", vae_json(config))
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
     (folder / "README.md").write_text(README)
     log(f"autoencoder: scale_factor {config.scale_factor}")
     colours, bias = fit_preview(pictures, codes, picked)
@@ -115,10 +114,6 @@ def _save(module: nn.Module, path: Path) -> None:
     tensors = {name: tensor.detach().to(DTYPE).contiguous() for name, tensor in module.state_dict().items()}
     save_file(tensors, path, metadata={"format": "pt", "source": PROVENANCE})
     path.chmod(0o644)  # safetensors writes for the owner alone
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def unet_json(config: UNetConfig) -> dict[str, Any]:
@@ -176,22 +171,3 @@ def fit_preview(pictures: Pictures, codes: Tensor, picked: Tensor) -> tuple[Tens
         cross += z.T @ small(x).permute(0, 2, 3, 1).flatten(0, 2).double()
     fitted = torch.linalg.solve(square, cross).float()
     return fitted[:4], fitted[4]
-
-
-@torch.no_grad()
-def measure_preview(pictures: Pictures, model: AutoEncoder, colours: Tensor, bias: Tensor, log: Log) -> None:
-    """Correlation of the linear preview with the full decode, on held-out pictures."""
-    kept = torch.tensor(pairs(pictures.names, held_out=True))[::10]
-    x = pictures.compose(kept[:, 0], kept[:, 1], torch.zeros(len(kept), dtype=torch.long))
-    z = model.encode(x.to(memory_format=torch.channels_last))
-    full = model.decode(z)
-    shown = torch.einsum("bchw,cr->brhw", z, colours) + bias[:, None, None]
-    wide = F.interpolate(shown, scale_factor=8.0, mode="bilinear")
-    each = torch.stack(
-        [
-            torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
-            for a, b in zip(wide, full, strict=True)
-        ]
-    )
-    found = f"mean {each.mean():.3f}, least {each.min():.3f}"
-    log(f"preview: correlation with the full decode, per picture: {found}")
