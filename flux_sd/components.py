@@ -12,7 +12,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .device import Placement, StageNeed, place, size_text
 from .errors import MissingFileError
 from .load_plan import Decode, LoadPlan, fill, keep_stored, plan_load, staying
@@ -349,6 +349,17 @@ def need(
         unpacks=unpacks,
         wide=network.dtype(dtype) != dtype,
     )
+
+
+def open_all(
+    opened: ExitStack, files: Mapping[str, Path], base: str | Path | None
+) -> tuple[dict[str, Checkpoint], Checkpoint | None]:
+    """The checkpoint of each role, and that of `base`, for `opened` to close. A file of several roles is
+    opened once."""
+    paths = dict.fromkeys(files.values())
+    checkpoints = {path: opened.enter_context(open_checkpoint(path)) for path in paths}
+    spare = None if base is None else opened.enter_context(open_checkpoint(base))
+    return {role: checkpoints[path] for role, path in files.items()}, spare
 
 
 def plan_all(

@@ -82,8 +82,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device, preferred: str | None = None) -> torch.dtype:
     """The compute dtype. "auto": `preferred` if the version has one, else bfloat16 where the device
-    multiplies it
-    in hardware, else float32; never float16 by itself. Raises DeviceError for an unknown name."""
+    multiplies it in hardware, else float32; never float16 by itself. Raises DeviceError for unknown names."""
     if name == "auto":
         if preferred is not None:
             return DTYPES[preferred]

@@ -23,10 +23,6 @@ class UnknownVersionError(FluxSdError):
     """A model name that no row of the version table answers to."""
 
 
-class NotBuiltError(FluxSdError):
-    """Something the catalogue names and this release does not implement."""
-
-
 class MissingFileError(FluxSdError):
     """A file that a model needs was not found; the message names its role and the accepted names."""
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import image
 from .canvas import UNUSED_PICTURE, Canvas, fit_canvas, strength_of
 from .components import Components
 from .errors import RequestError
 from .flux_editing import Edit, arrange, to_encode
 from .flux_loader import EncodedText
 from .numerics import Numerics
-from .request import CancelToken, Complete, GenerationRequest, Result, Step
+from .request import CancelToken, GenerationRequest, Result, Step
 from .sampling import FlowStep, State, begin_at, denoise, get_noise, get_schedule, pack, unpack
 from .stages import Stages, Tap
 from .steps import (
@@ -286,21 +285,12 @@ class FluxRun:
         if not finished:  # strength 0
             assert self.init_latents is not None
             finished = [self.init_latents.expand(self.plan.batch, -1, -1, -1)]
-        latents = torch.cat(finished).float().cpu()  # [batch,16,H/8,W/8]
-        results = self.results(latents, self.stages.decode(latents, self.images_at_once))
-        self.stages.emit(Complete(results))
-        return results
-
-    def results(self, latents: Tensor, pictures: Tensor) -> list[Result]:
-        """One Result per image, with its own seed; what the mask keeps is the picture's own pixels."""
-        plan, results = self.plan, []
-        for i, decoded in enumerate(pictures):
-            painted = image.to_picture(decoded, self.components.numerics.to_bytes)
-            if plan.composite and plan.canvas.picture is not None and plan.canvas.mask is not None:
-                painted = image.composite(painted, plan.canvas.picture, plan.canvas.mask)
-            noise = self._noise(i, 1)[0]
-            results.append(self.stages.result(painted, self.metadata(i), latents[i], noise))
-        return results
+        plan, original = self.plan, None
+        if plan.composite and plan.canvas.picture is not None and plan.canvas.mask is not None:
+            original = plan.canvas.picture, plan.canvas.mask
+        return self.stages.results(
+            finished, self.images_at_once, original, self.metadata, lambda i: self._noise(i, 1)[0]
+        )
 
     def metadata(self, index: int) -> dict[str, object]:
         """What repeats image `index`: settings, dtypes, numerics, versions; pictures by their pixels' hash.

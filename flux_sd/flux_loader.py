@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder
-from .checkpoint import open_checkpoint
 from .clip import ClipTextEncoder
-from .components import LOAD_OPTIONS, Components, LoadOptions, Network, Tokenizer, plan_all
+from .components import LOAD_OPTIONS, Components, LoadOptions, Network, Tokenizer, open_all, plan_all
 from .flux_mmdit import Flux
 from .model_files import FLUX, ModelFiles, check_roles, config_of
 from .numerics import Numerics
 from .t5 import T5Encoder
 from .text import ClipTokenizer, T5Tokenizer
+from .vae_tiling import predicted_bytes
 from .versions import FluxConfigs, VersionInfo
 
 
@@ -46,11 +46,7 @@ def load_flux(
     Raises CheckpointError, WeightMapError (with every problem), TokenizerError, NotEnoughMemoryError.
     """
     with ExitStack() as opened:
-        paths = dict.fromkeys(files.networks.values())
-        checkpoints = {path: opened.enter_context(open_checkpoint(path)) for path in paths}
-        by_role = {role: checkpoints[files.networks[role]] for role in FLUX.maps}
-        base = options.fill_from
-        spare = None if base is None else opened.enter_context(open_checkpoint(base))
+        by_role, spare = open_all(opened, files.networks, options.fill_from)
         check_roles(info, by_role, complete=spare is None)
         networks = networks_of(info, numerics)
         plans = plan_all(networks, by_role, spare)
@@ -96,13 +92,13 @@ def _module(role: str, info: VersionInfo, numerics: Numerics) -> nn.Module:
 def _activations(role: str, info: VersionInfo, pixels: int, t5_length: int) -> int:
     """Bytes in float32 for one image, by the largest tensors alive at once.
 
-    Of the transformer those are a single block's first product and its parts; of the autoencoder six maps of
-    its widest full-size layer, as measured on a CPU at 1024 and 2048 pixels.
+    Of the transformer those are a single block's first product and its parts; of the autoencoder see
+    `predicted_bytes`.
     """
     configs = info.flux
     assert isinstance(configs, FluxConfigs)
     if role == "vae":
-        return 6 * 4 * pixels * configs.vae.ch * configs.vae.ch_mult[1]
+        return predicted_bytes(configs.vae, 1, pixels, torch.float32)
     if role == "transformer":
         tokens = t5_length + pixels // 256
         return 3 * 4 * tokens * (3 * configs.transformer.hidden_size + configs.transformer.mlp_size)

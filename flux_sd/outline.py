@@ -165,7 +165,7 @@ class Alone(NamedTuple):
     """How one network runs alone: on what, and which of the run's tapped tensors its output makes."""
 
     role: str
-    given: tuple[str, ...] = ()  # tapped before it
+    given: tuple[str, ...] = ()  # its arguments as tapped before it; empty: the call records its inputs
     parts: tuple[str, ...] = ()  # see Call
     method: str = "__call__"  # of the network
     made: Mapping[str, Callable[[Any, StageInputs], Tensor]] = NOTHING  # tapped after it; {step} is the step

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import image
 from .clip import ClipOutput
-from .request import CancelToken, Complete, GenerationRequest, Result, Step
+from .request import CancelToken, GenerationRequest, Result, Step
 from .schedulers import Sampler, make_sampler
 from .schedulers.sampler import METHODS
 from .sd_loader import Diffusion, LoadedSd
@@ -214,7 +214,7 @@ class SdRun:
             fresh = source.draw().to(stages.device) if sampler.needs_noise else None
             x, x0 = self._advance(sampler, predicted, index, x, noise, fresh)
             check_finite(x, "the sampler", torch.float32, number + 1)
-            sigma = float(sampler.noise_levels[index + 1])
+            sigma = sampler.levels.sigmas[index + 1]
             step = Step(number, self.total - self.start, sigma, x, x0, first, plan.batch)
             yield stages.finish(step, time.perf_counter() - start, plan.preview_every)
 
@@ -262,7 +262,7 @@ class SdRun:
             seen = torch.cat([seen, rest], dim=1)  # [B,9,h,w]
         branches = len(given.context) // len(x)
         rows = seen.repeat(branches, 1, 1, 1).to(self.stages.dtype)  # [RB,4 or 9,h,w]
-        time_now = torch.full((len(rows),), float(sampler.timesteps[index]), device=rows.device)
+        time_now = torch.full((len(rows),), sampler.levels.times[index], device=rows.device)
         output = unet(rows, time_now, *given).float()
         if branches == 1:
             return output
@@ -292,21 +292,16 @@ class SdRun:
         if not finished:  # strength 0
             assert self.original is not None and self.original.latents is not None
             finished = [self.original.latents.expand(self.plan.batch, -1, -1, -1)]
-        latents = torch.cat(finished).float().cpu()  # [batch,C,H/8,W/8]
-        results = self.results(latents, self.stages.decode(latents, self.images_at_once))
-        self.stages.emit(Complete(results))
-        return results
-
-    def results(self, latents: Tensor, pictures: Tensor) -> list[Result]:
-        """One Result per image, each with its own seed; what the mask keeps is the picture's own pixels."""
-        plan, results = self.plan, []
-        for i, decoded in enumerate(pictures):
-            painted = image.to_picture(decoded, self.components.numerics.to_bytes)
-            if plan.composite and plan.init_image is not None and plan.mask is not None:
-                painted = image.composite(painted, plan.init_image, plan.mask)
-            noise = self._noise(self._source(i, 1), i)[0]
-            results.append(self.stages.result(painted, self.metadata(i), latents[i], noise))
-        return results
+        plan, original = self.plan, None
+        if plan.composite and plan.init_image is not None and plan.mask is not None:
+            original = plan.init_image, plan.mask
+        return self.stages.results(
+            finished,
+            self.images_at_once,
+            original,
+            self.metadata,
+            lambda i: self._noise(self._source(i, 1), i)[0],
+        )
 
     def metadata(self, index: int) -> dict[str, object]:
         """What repeats image `index`: settings, dtypes, numerics, versions; pictures by their pixels' hash.

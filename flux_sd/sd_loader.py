@@ -18,15 +18,16 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder, AutoEncoderConfig
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .clip import ClipTextConfig, ClipTextEncoder
-from .components import LOAD_OPTIONS, Components, LoadOptions, Network, Tokenizer, plan_all
+from .components import LOAD_OPTIONS, Components, LoadOptions, Network, Tokenizer, open_all, plan_all
 from .errors import CheckpointError, RequestError
 from .model_files import ModelFiles, check_roles, config_of, layout_of
 from .numerics import Numerics
 from .schedulers import PREDICTIONS, SCHEDULES, NoiseSchedule, Prediction
 from .text import CLIP_END, ClipTokenizer
 from .unet import SIZE_WIDTH, UNet, UNetConfig
+from .vae_tiling import predicted_bytes
 from .versions import VersionInfo, configs_of
 
 PAD = "!"  # fills up the prompts of OpenCLIP's encoders: the vocabulary's first token
@@ -90,13 +91,8 @@ def load_sd(
     WeightMapError (with every problem), RequestError where what it predicts cannot be told, TokenizerError,
     NotEnoughMemoryError.
     """
-    roles = layout_of(info).maps
     with ExitStack() as opened:
-        paths = dict.fromkeys(files.networks.values())
-        checkpoints = {path: opened.enter_context(open_checkpoint(path)) for path in paths}
-        by_role = {role: checkpoints[files.networks[role]] for role in roles}
-        base = options.fill_from
-        spare = None if base is None else opened.enter_context(open_checkpoint(base))
+        by_role, spare = open_all(opened, files.networks, options.fill_from)
         check_roles(info, by_role, complete=spare is None)
         trained = diffusion(info, files, by_role["unet"], numerics, prediction)
         networks = networks_of(info, numerics, files)
@@ -180,8 +176,7 @@ def _module(config: Any, numerics: Numerics) -> nn.Module:
 
 def _activations(config: Any, pixels: int, length: int) -> int:
     """Bytes in float32 for one image, by the largest tensors alive at once: of the UNet the maps of a level
-    with those kept from the way down, and a gated feed-forward; of the autoencoder six maps of its widest
-    full-size layer."""
+    with those kept from the way down, and a gated feed-forward; of the autoencoder see `predicted_bytes`."""
     match config:
         case UNetConfig():
             places = pixels // 64
@@ -191,7 +186,7 @@ def _activations(config: Any, pixels: int, length: int) -> int:
         case ClipTextConfig():
             return 4 * 4 * length * config.intermediate_size
         case _:
-            return 6 * 4 * pixels * config.ch * config.ch_mult[1]
+            return predicted_bytes(config, 1, pixels, torch.float32)
 
 
 # tokenizers -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from . import image
 from .components import Components
 from .device import available_memory, size_text
 from .errors import RequestError
-from .request import CancelToken, Event, Preview, Progress, Result, Step
+from .request import CancelToken, Complete, Event, Preview, Progress, Result, Step
 from .steps import OnEvent, Timings, cancellable, check_finite, dtype_name, preview_image
 from .text import PromptReport, describe_cut, describe_weighting, require_whole
 from .vae_tiling import choose_tiling, decode_tiled, encode_tiled, predicted_bytes
@@ -192,6 +192,29 @@ class Stages:
     def _look(self) -> None:
         if self.cancel is not None:
             self.cancel.check()
+
+    def results(
+        self,
+        finished: Sequence[Tensor],
+        at_once: int,
+        original: tuple[Image, Tensor] | None,
+        record: Callable[[int], dict[str, Any]],
+        noise: Callable[[int], Tensor],
+    ) -> list[Result]:
+        """Decodes all pictures of a run, one Result for each, and tells the listener that it is complete.
+
+        finished: final latents [n,C,H/8,W/8]. original: the picture whose own pixels are kept where the mask
+        [1,H,W] is 0. record, noise: what repeats picture i, and the noise [C,H/8,W/8] that it began with.
+        """
+        latents = torch.cat(list(finished)).float().cpu()  # [batch,C,H/8,W/8]
+        made = []
+        for i, decoded in enumerate(self.decode(latents, at_once)):
+            painted = image.to_picture(decoded, self.components.numerics.to_bytes)
+            if original is not None:
+                painted = image.composite(painted, *original)
+            made.append(self.result(painted, record(i), latents[i], noise(i)))
+        self.emit(Complete(made))
+        return made
 
     def result(self, picture: Image, record: dict[str, Any], latents: Tensor, noise: Tensor) -> Result:
         """One finished picture; `record` is what repeats it, completed by the files that it was made from."""

@@ -251,6 +251,7 @@ class Recorder:
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             call = next(given)
+            # What is given beyond the inputs of a call is None; an input that is lacking fails below.
             inputs = {**dict(zip(call.inputs, arguments, strict=False)), **named}
             for name in call.inputs:
                 self.tap(f"{call.prefix}inputs.{name}", inputs[name])
@@ -373,7 +374,7 @@ def trace_stage(
 
     @torch.inference_mode()
     def run(recorder: Recorder) -> tuple[dict[str, Any], None]:
-        for name, tensor in zip(row.given, given.values(), strict=False):
+        for name, tensor in zip(row.given, given.values() if row.given else (), strict=True):
             recorder.tap(name, tensor)
         try:
             with components.watch(recorder.watch):

@@ -217,10 +217,6 @@ class VersionInfo:
     shares_tensors: bool = False  # with another version, which is meant where neither name nor config says
     pipeline: str | None = None  # the class that the repository's model_index.json names
 
-    @property
-    def built(self) -> bool:
-        return self.flux is not None or self.sd is not None
-
 
 def configs_of(info: VersionInfo) -> SdConfigs:
     """The networks of a Stable Diffusion version."""

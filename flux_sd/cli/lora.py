@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ..versions import SDVersion
 
     console = Console(json=args.json)
-    versions = [version for version in SDVersion if version.info.built]
-    if args.model is not None:
-        versions = [SDVersion.parse(args.model)]
+    versions = list(SDVersion) if args.model is None else [SDVersion.parse(args.model)]
     with AdapterFile.open(args.file) as file:
         plans = dict(_plans(file, versions))
         report = Report.of(file, plans)

@@ -229,10 +229,10 @@ def _moves(
         found, want = f"{shape[0]}x{shape[1]}", f"{rows}x{columns}"
         kernels = "" if same_kernel else f", with kernels of {list(kernel or ())} and {list(own)}"
         raise ValueError(f"the change is {found}, the layer {want}{kernels}")
-    starts = itertools.accumulate((source.rows for source in sources), initial=0)
+    ends = list(itertools.accumulate(source.rows for source in sources))
     return tuple(
-        Move(part.parameter, part.first, part.rows, start + part.at, part.transposed)
-        for start, source in zip(starts, sources, strict=False)
+        Move(part.parameter, part.first, part.rows, end - source.rows + part.at, part.transposed)
+        for end, source in zip(ends, sources, strict=True)
         for part in source.parts
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Levels:
         """The same where no level is pure noise: see `noise.LEAST_ABAR`."""
         return replace(self, abars=tuple(max(abar, LEAST_ABAR) for abar in self.abars))
 
-    @property
+    @cached_property  # read several times at every step
     def sigmas(self) -> tuple[float, ...]:
         """[N+1]: before each step, and after the last."""
         return tuple(sigma_of(abar) for abar in (*self.abars, self.after[-1]))
